@@ -1,0 +1,139 @@
+"""Contracts: what is computed. One schema gives the names, their parser, the limits, the list and the help."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product, zip_longest
+from typing import Any
+
+from . import UsageError
+
+BACKENDS = ("cpu",)
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number in a name: one letter and a plain decimal."""
+
+    letter: str
+    text: str
+    rule: str
+    values: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What may stand in a name behind the operator, in this order: map, dtype, numbers."""
+
+    text: str
+    maps: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    numbers: tuple[Number, ...]
+
+    def pattern(self, name: str) -> str:
+        """How the operator's contracts are written: favor_<cosh|exp>_f32_d<D>_m<M>."""
+        words = [one_of(choices) for choices in (self.maps, self.dtypes) if choices]
+        return "_".join([name, *words, *(f"{n.letter}<{n.letter.upper()}>" for n in self.numbers)])
+
+
+D = Number("d", "head dim", "a multiple of 8 from 8 to 256", tuple(range(8, 257, 8)))
+M = Number("m", "features (cosh: both signs counted)", "8, or a multiple of 16 up to 1024", (8, *range(16, 1025, 16)))
+
+# The schema. A new operator is one entry here, one in space.py and one template.
+OPERATORS = {
+    "favor": Operator("softmax attention estimated by positive random features", ("cosh", "exp"), ("f32",), (D, M)),
+    "exact": Operator("softmax attention, the exact baseline", (), ("f32",), (D,)),
+}
+
+
+@dataclass(frozen=True)
+class Contract:
+    """One thing to compute. Made by parse(); its name parses back to it."""
+
+    operator: str
+    map: str
+    dtype: str
+    d: int
+    m: int = 0
+
+    @property
+    def name(self) -> str:
+        numbers = [f"{n.letter}{getattr(self, n.letter)}" for n in OPERATORS[self.operator].numbers]
+        return "_".join([self.operator, *([self.map] if self.map else []), self.dtype, *numbers])
+
+    @property
+    def rows(self) -> int:
+        """Rows of the projection matrix: a row of cosh serves both signs."""
+        return self.m // 2 if self.map == "cosh" else self.m
+
+    @property
+    def hash(self) -> int:
+        """FNV-1a, 64 bits, over the name: marks projections and states."""
+        value = 0xCBF29CE484222325
+        for byte in self.name.encode():
+            value = (value ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+        return value
+
+
+def parse(name: str) -> Contract:
+    """The contract of a name; UsageError names the field, its value and the rule."""
+    where = f"contract {shown(name)}"
+    bare = re.match(r"(?:nf_)?(.*?)(?:_(?:cpu|cuda|hip)(?:_.*)?)?(?:\.h)?$", name, re.DOTALL)
+    if bare and bare[1] != name and bare[1].split("_")[0] in OPERATORS:
+        raise UsageError(f"{where}: is the name of a kernel or file; write the contract alone: {shown(bare[1])}")
+    head, *words = name.split("_")
+    operator = OPERATORS[choice(where, "operator", head, OPERATORS)]
+    texts = {"map": operator.maps, "dtype": operator.dtypes}
+    slots = [field for field in texts if texts[field]] + [n.letter for n in operator.numbers]
+    numbers = {n.letter: n for n in operator.numbers}
+    values: dict[str, Any] = {"operator": head, "map": ""}
+    for slot, word in zip_longest(slots, words):
+        if word is None:
+            raise UsageError(f"{where}: field '{slot}' is missing: write {operator.pattern(head)}")
+        if slot is None:
+            raise UsageError(f"{where}: field {shown(word)} is unknown: write {operator.pattern(head)}")
+        values[slot] = number(where, numbers[slot], word) if slot in numbers else choice(where, slot, word, texts[slot])
+    return Contract(**values)
+
+
+def number(where: str, field: Number, word: str) -> int:
+    """The value of a word such as d64."""
+    if not word.startswith(field.letter):
+        raise UsageError(f"{where}: field '{field.letter}' = {shown(word)}: must be written {field.letter}<number>")
+    digits = word[len(field.letter) :]
+    if not re.fullmatch(r"0|-?[1-9][0-9]{0,8}", digits):
+        rule = f"{field.rule}, in plain digits without leading zeros"
+        raise UsageError(f"{where}: field '{field.letter}' = {shown(digits)}: must be {rule}")
+    if int(digits) not in field.values:
+        raise UsageError(f"{where}: field '{field.letter}' = {digits}: must be {field.rule}")
+    return int(digits)
+
+
+def choice(where: str, field: str, value: str, choices: Iterable[str]) -> str:
+    """The value itself if it is one of the choices."""
+    if value in choices:
+        return value
+    near = difflib.get_close_matches(value, list(choices), 1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    raise UsageError(f"{where}: field '{field}' = {shown(value)}: must be {' or '.join(choices)}{hint}")
+
+
+def contracts(operator: str | None = None) -> Iterator[Contract]:
+    """Every contract within the limits, in the order of the schema."""
+    for name, op in OPERATORS.items():
+        if operator in (None, name):
+            for map_, dtype in product(op.maps or ("",), op.dtypes):
+                for values in product(*(n.values for n in op.numbers)):
+                    yield Contract(name, map_, dtype, **{n.letter: v for n, v in zip(op.numbers, values)})
+
+
+def one_of(choices: tuple[str, ...]) -> str:
+    return choices[0] if len(choices) == 1 else f"<{'|'.join(choices)}>"
+
+
+def shown(text: str) -> str:
+    """Quoted, printable and short: fit for a line of an error."""
+    return ascii(text if len(text) <= 60 else text[:57] + "...")

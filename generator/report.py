@@ -1,0 +1,329 @@
+"""What the measurements say: tables and pictures, from the lines of the bench and the records of the tuner."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from . import UsageError
+from .contract import parse, shown
+
+Line = dict[str, Any]
+COMPARED = (1024, 4096, 16384)  # lengths of the speed-up columns
+GOAL_CONTRACTS = ("favor_exp_f32_d64_m256", "favor_cosh_f32_d64_m256", "favor_cosh_f32_d64_m128", "exact_f32_d64")
+
+
+def verdict(record: Line) -> str:
+    """One line on one race."""
+    states = [tried["st"] for tried in record["tried"]]
+    counts = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
+    place = f"{record['contract']}, {record['shape']['tokens']} tokens ({counts})"
+    if not record["winner"]:
+        return f"{place}: no candidate is left"
+    if record["winner"] == record["ref"]:
+        return f"{place}: the default {record['winner']} stays{', a tie' if record['tie'] else ''}"
+    tie = " (tied with another)" if record["tie"] else ""
+    return f"{place}: {record['winner']} wins by {100 * record['margin']:.1f} %{tie}"
+
+
+# ---- reading the lines ---------------------------------------------------------------------------------------------
+
+
+def of(results: Iterable[Line], bench: str, **wanted: Any) -> list[Line]:
+    return [r for r in results if r.get("bench") == bench and all(r.get(k) == v for k, v in wanted.items())]
+
+
+def contracts(results: list[Line]) -> list[str]:
+    return list(dict.fromkeys(r["contract"] for r in of(results, "speed")))
+
+
+def curve(results: list[Line], contract: str) -> dict[int, float]:
+    """Nanoseconds per token and head by length, of the variant that the contract's own symbol runs (the first line)."""
+    lines = of(results, "speed", contract=contract)
+    return {r["tokens"]: r["ns_med"] for r in lines if r["variant"] == lines[0]["variant"]}
+
+
+def baseline(contract: str) -> str:
+    c = parse(contract)
+    return f"exact_{c.dtype}_d{c.d}"
+
+
+def crossover(ours: dict[int, float], exact: dict[int, float]) -> float | None:
+    """The length from which ours is faster, interpolated in the logarithms; None where the curves never cross."""
+    lengths = sorted(set(ours) & set(exact))
+    gap = {n: math.log(ours[n] / exact[n]) for n in lengths}
+    for low, high in zip(lengths, lengths[1:]):
+        if gap[low] > 0 >= gap[high]:
+            part = gap[low] / (gap[low] - gap[high])
+            return math.exp(math.log(low) + part * (math.log(high) - math.log(low)))
+    return None
+
+
+def crossing(results: list[Line], contract: str) -> str:
+    ours, exact = curve(results, contract), curve(results, baseline(contract))
+    at = crossover(ours, exact)
+    if at is not None:
+        return f"{at:.0f}"
+    common = sorted(set(ours) & set(exact))
+    return f"<{common[0]}" if common and ours[common[0]] <= exact[common[0]] else "-"
+
+
+# ---- the table -----------------------------------------------------------------------------------------------------
+
+
+def table(results: list[Line]) -> str:
+    names = contracts(results)
+    device: Line = next((r["device"] for r in of(results, "device")), {})
+    reference = max((n for name in names for n in curve(results, name) if n <= 4096), default=4096)
+    seen = list(dict.fromkeys(r["input"] for r in of(results, "input")))
+    head = ["contract", "variant", "ns/token", "% peak", "vs fp64", *seen]
+    head += [f"x at {label(n)}" for n in COMPARED] + ["crossover"]
+    rows = [row(results, name, reference, seen) for name in names]
+    title = f"{device.get('name', '')} ({device.get('arch', '')}), one thread"
+    notes = [
+        f"ns/token: per token and head at {label(reference)} tokens, causal, f32; "
+        "% peak: GEMM flops against the FMA peak measured between the runs",
+        "vs fp64: largest row error against the fp64 kernel sum at |k'| = 3; "
+        "x at: speed-up over exact of the same head dim; crossover: tokens from which it is faster",
+    ]
+    if seen:
+        notes.append(
+            f"{', '.join(seen)}: real input, error of the output against exact softmax "
+            "(full mask, mean over heads): plain / calibrated per head"
+        )
+    return "\n".join([title, *columns([head, *rows]), *notes, *masks(results, seen)]) + "\n"
+
+
+def row(results: list[Line], name: str, reference: int, seen: list[str]) -> list[str]:
+    ours, exact = curve(results, name), curve(results, baseline(name))
+    main = next((r for r in of(results, "speed", contract=name, tokens=reference)), {})
+    error = next((r for r in of(results, "error", contract=name, norm=3)), {})
+    cells = [name, str(main.get("variant", "")), form(main.get("ns_med"), ".0f"), form(main.get("percent_med"), ".0f")]
+    cells.append(form(error.get("row"), ".1e"))
+    cells += [against_softmax(results, name, source, "full") for source in seen]
+    if name == baseline(name):
+        return [*cells, *("1" for _ in COMPARED), "-"]
+    cells += [form(exact[n] / ours[n] if n in exact and n in ours else None, ".2f") for n in COMPARED]
+    return [*cells, crossing(results, name)]
+
+
+def against_softmax(results: list[Line], name: str, source: str, mask: str) -> str:
+    line = next((r for r in of(results, "input", contract=name, input=source, mask=mask)), None)
+    if not line:
+        return "-"
+    if "calibrated" not in line:
+        return form(line["plain"], ".1e")
+    return f"{form(line['plain'], '.3f')} / {form(line['calibrated'], '.3f')}"
+
+
+def masks(results: list[Line], seen: list[str]) -> list[str]:
+    """The errors on real inputs in full: both masks, every fit, and what plain averaging would give."""
+    lines = [r for r in of(results, "input") if "calibrated" in r]
+    if not lines:
+        return []
+    head = ["real input", "mask", "contract", "average", "plain", "centred+Psi", "calibrated", "(worst head)"]
+    rows = [
+        [r["input"], r["mask"], r["contract"]]
+        + [form(r.get(k), ".3f") for k in ("uniform", "plain", "balanced", "calibrated", "calibrated_worst")]
+        for source in seen
+        for r in lines
+        if r["input"] == source
+    ]
+    note = "average: error of plain averaging; centred+Psi: without tempering; calibrations see half of the tokens"
+    return ["", *columns([head, *rows]), note]
+
+
+def standing(results: list[Line]) -> str:
+    """What ./nearfar bench adds: targets, decode, threads, compile time and size."""
+    parts: list[list[list[str]]] = []
+    speed = of(results, "speed", tokens=4096)
+    parts.append([["speed at 4096", "variant", "ns/token", "min", "% peak", "by min"]])
+    parts[-1] += [
+        [r["contract"], r["variant"]] + [form(r.get(k), ".1f") for k in ("ns_med", "ns_min", "percent_med", "percent")]
+        for r in speed
+    ]
+    parts.append([["decode, 32 heads", "variant", "cached", "ns/head", "min"]])
+    parts[-1] += [
+        [r["contract"], r["variant"], str(r["cached"] or "state"), form(r["ns_med"], ".0f"), form(r["ns_min"], ".0f")]
+        for r in of(results, "decode")
+    ]
+    parts.append([["two threads", "variant", "one ns/token", "two ns/token", "speed-up"]])
+    parts[-1] += [
+        [r["contract"], r["variant"], form(r["ns_one"], ".0f"), form(r["ns_two"], ".0f"), form(r["speedup_med"], ".2f")]
+        for r in of(results, "splits")
+    ]
+    parts.append([["header", "compile s", "kB"]])
+    compiled = of(results, "compile")
+    parts[-1] += [[r["contract"], form(r["seconds"], ".2f"), form(r["bytes"] / 1000, ".0f")] for r in compiled]
+    return "\n".join("\n".join(columns(part)) + "\n" for part in parts if len(part) > 1)
+
+
+def goals(results: list[Line]) -> str:
+    """What the kernels aim at on one core with AVX-512, and what was measured."""
+
+    def best(contract: str, target: str, key: str) -> float | None:
+        lines = of(results, "speed", contract=contract, target=target, tokens=4096)
+        return lines[0][key] if lines else None
+
+    def ratio(a: float | None, b: float | None) -> float | None:
+        return a / b if a and b else None
+
+    def first(bench: str, key: str, **wanted: Any) -> float | None:
+        lines = of(results, bench, **wanted)
+        return lines[0][key] if lines else None
+
+    exp, cosh, small, exact = GOAL_CONTRACTS
+    compiled = of(results, "compile")
+    rows = [
+        ("% of the FMA peak, exp m256, avx512", ">=", 82, best(exp, "avx512", "percent")),
+        ("% of the FMA peak, exp m256, avx2", ">=", 78, best(exp, "avx2", "percent")),
+        ("% of the FMA peak, exact", ">=", 78, best(exact, "avx512", "percent")),
+        (
+            "cosh m256 / exp m256, time",
+            "<=",
+            0.80,
+            ratio(best(cosh, "avx512", "ns_min"), best(exp, "avx512", "ns_min")),
+        ),
+        ("crossover of cosh m128, tokens", "<=", 450, crossover(curve(results, small), curve(results, exact))),
+        ("two threads, speed-up", ">=", 1.85, min((r["speedup"] for r in of(results, "splits")), default=None)),
+        (
+            "decode cosh m128 / exact over 120 tokens",
+            "<=",
+            1,
+            ratio(first("decode", "ns_med", contract=small), first("decode", "ns_med", contract=exact, cached=120)),
+        ),
+        ("compile time of a header, s", "<=", 2, max((r["seconds"] for r in compiled), default=None)),
+        ("size of a header, kB", "<=", 150, max((r["bytes"] / 1000 for r in compiled), default=None)),
+    ]
+    return "\n".join(columns([["goal", "", "", "measured", ""], *(goal(*r) for r in rows if r[3] is not None)])) + "\n"
+
+
+def goal(what: str, sign: str, limit: float, value: float | None) -> list[str]:
+    met = value is not None and (value >= limit if sign == ">=" else value <= limit)
+    return [what, sign, f"{limit:g}", form(value, ".3g"), "" if met else "missed"]
+
+
+def label(tokens: int) -> str:
+    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
+
+
+def form(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def columns(rows: list[list[str]]) -> list[str]:
+    """Rows as text: the first row is the head, words to the left, numbers to the right."""
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    left = [not any(c.isdigit() for c in rows[-1][i][:1]) and rows[-1][i] != "-" for i in range(len(widths))]
+
+    def line(r: list[str]) -> str:
+        return "  ".join(c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(r, widths, left)).rstrip()
+
+    return [line(rows[0]), "  ".join("-" * w for w in widths), *map(line, rows[1:])]
+
+
+# ---- pictures ------------------------------------------------------------------------------------------------------
+
+
+def draw(results: list[Line], folder: Path) -> list[Path]:
+    """The pictures that the results are enough for."""
+    os.environ.setdefault("MPLCONFIGDIR", os.path.join(tempfile.gettempdir(), "nearfar-matplotlib"))
+    import matplotlib
+
+    matplotlib.use("Agg")
+    made = []
+    for name, paint in (("time.png", draw_time), ("error.png", draw_error)):
+        figure = paint(results)
+        if figure is None:
+            (folder / name).unlink(missing_ok=True)  # of an earlier run
+        else:
+            save(figure, folder / name)
+            made.append(folder / name)
+    return made
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a picture at once, without dates in it."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=130, metadata={"Software": None})
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_bytes(data.getvalue())
+        os.replace(scratch, path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise UsageError(f"cannot write {shown(str(path))}: {error.strerror}") from None
+
+
+def new_axes(title: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.6, 4.8), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, fontsize=11)
+    axes.grid(True, which="both", linewidth=0.3, alpha=0.6)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure, axes
+
+
+def draw_time(results: list[Line]) -> Any:
+    """Time per token against length, both logarithmic; crossovers marked."""
+    names = [n for n in contracts(results) if len(curve(results, n)) > 1]
+    if not names:
+        return None
+    figure, axes = new_axes("attention on one core: time per token and head")
+    dims = sorted({parse(n).d for n in names})
+    lengths = sorted({n for name in names for n in curve(results, name)})
+    blues = iter(("#1f5f99", "#2a8f6f", "#8a5fb0", "#3aa5c9") * 8)
+    for name in names:
+        color = "#c44e2b" if name == baseline(name) else next(blues)
+        points = sorted(curve(results, name).items())
+        style = ("-", "--", ":", "-.")[(len(dims) - 1 - dims.index(parse(name).d)) % 4]
+        axes.plot(*zip(*points), style, marker="o", markersize=3.5, color=color, label=name)
+        at = crossover(curve(results, name), curve(results, baseline(name)))
+        if at is not None:
+            mark_crossing(axes, dict(points), at, color)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(lengths, [str(n) for n in lengths])
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("ns per token and head")
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def mark_crossing(axes: Any, points: dict[int, float], at: float, color: str) -> None:
+    below, above = max(n for n in points if n <= at), min(n for n in points if n >= at)
+    part = 0 if above == below else math.log(at / below) / math.log(above / below)
+    height = math.exp((1 - part) * math.log(points[below]) + part * math.log(points[above]))
+    axes.plot([at], [height], marker="o", markersize=10, markerfacecolor="none", markeredgecolor=color)
+    axes.annotate(f"{at:.0f}", (at, height), textcoords="offset points", xytext=(-6, 9), ha="right", color=color)
+
+
+def draw_error(results: list[Line]) -> Any:
+    """Error against exact softmax on real inputs, against the cost of a token: for two contracts or more."""
+    lines = [r for r in of(results, "input", mask="full") if "calibrated" in r]
+    if len({r["contract"] for r in lines}) < 2:
+        return None
+    figure, axes = new_axes("real inputs: error against exact softmax, and what a token costs")
+    colors = ("#1f5f99", "#2a8f6f", "#8a5fb0", "#c44e2b")
+    seen = list(dict.fromkeys(r["input"] for r in lines))
+    for r in lines:
+        ours = curve(results, r["contract"])
+        tokens = max(n for n in ours if n <= 4096)
+        color = colors[seen.index(r["input"]) % len(colors)]
+        for key, marker in (("plain", "x"), ("balanced", "s"), ("calibrated", "o")):
+            text = f"{r['input']}, {key}" if r["contract"] == lines[0]["contract"] else None
+            axes.plot([ours[tokens]], [r[key]], marker=marker, color=color, linestyle="", label=text)
+        axes.axhline(r["uniform"], color=color, linewidth=0.8, linestyle=":")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(f"ns per token and head at {tokens} tokens")
+    axes.set_ylabel("relative error (dotted: plain averaging)")
+    axes.legend(frameon=False, fontsize=9)
+    return figure

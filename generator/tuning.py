@@ -1,0 +1,414 @@
+"""The commands tune, pack, bench and report: everything around the C programs that measure."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from . import UsageError, build, inputs, records, report
+from .build import BuildError
+from .contract import BACKENDS, Contract, choice, parse, shown
+from .render import ROOT, Recipe, render, write
+from .space import default, space
+
+OUTPUT = ROOT / "tuned"
+RECORDS = OUTPUT / "records.jsonl"
+RESULTS = OUTPUT / "bench.jsonl"
+TUNED = ("favor_cosh_f32_d32_m128", "favor_cosh_f32_d64_m128", "exact_f32_d64")
+STANDING = report.GOAL_CONTRACTS
+INPUTS = (ROOT / "tests" / "data" / "minilm_first", ROOT / "tests" / "data" / "minilm_last")
+LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 16384)
+
+
+# ---- command line --------------------------------------------------------------------------------------------------
+
+
+def add_commands(commands: Any) -> None:
+    add_tune(commands)
+    add_pack(commands)
+    add_bench(commands)
+    parser = commands.add_parser(
+        "report",
+        help="draw the pictures of the last tune or bench",
+        description="Draw, from the last measurements: time against length, error against cost. Written to tuned/.",
+    )
+    parser.set_defaults(run=guarded(draw_report))
+
+
+def add_tune(commands: Any) -> None:
+    parser = commands.add_parser(
+        "tune",
+        help="find the fastest variants on this machine",
+        description="Generate every variant, compile, verify against fp64, time, record, write the tuned headers and\n"
+        "measure them, on real attention inputs too. Everything is written to tuned/.",
+        epilog="example: ./nearfar tune favor_cosh_f32_d64_m256 --input my_arrays --budget 120 --tokens 2048",
+    )
+    parser.add_argument("contracts", nargs="*", metavar="CONTRACT", help=f"default: {' '.join(TUNED)}")
+    add_backend(parser)
+    parser.add_argument("--input", metavar="DIR", help="q.npy, k.npy, v.npy [batch, token, head, dim] of your own")
+    parser.add_argument("--budget", default="40", metavar="SECONDS", help="for the races together (default: 40)")
+    parser.add_argument("--tokens", default="1024,4096", metavar="N,...", help="lengths (default: 1024,4096)")
+    parser.set_defaults(run=guarded(tune))
+
+
+def add_pack(commands: Any) -> None:
+    parser = commands.add_parser(
+        "pack",
+        help="write the tuner for a machine without Python",
+        description="Write a folder with everything that tuning needs on a target: one line compiles it, one runs it.",
+        epilog="example: ./nearfar pack favor_cosh_f32_d64_m128 exact_f32_d64 -o to_target",
+    )
+    parser.add_argument("contracts", nargs="+", metavar="CONTRACT")
+    add_backend(parser)
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="the folder to write")
+    parser.set_defaults(run=guarded(pack))
+
+
+def add_bench(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure the default variants of some contracts",
+        description="Speed against the FMA peak, error, decode, two threads, compile time and size. Written to tuned/.",
+        epilog="example: ./nearfar bench exact_f32_d128 --tokens 512,4096",
+    )
+    parser.add_argument("contracts", nargs="*", metavar="CONTRACT", help=f"default: {' '.join(STANDING)}")
+    add_backend(parser)
+    parser.add_argument("--tuned", action="append", metavar="RECORDS", help="measure what these records choose")
+    parser.add_argument("--tokens", metavar="N,...", help="lengths (default: 64 to 16384)")
+    parser.set_defaults(run=guarded(bench))
+
+
+def add_backend(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", default="cpu", help=f"where it runs: {', '.join(BACKENDS)} (default: cpu)")
+
+
+def guarded(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """Failures of the machine are one line and exit code 1; SIGTERM ends like Ctrl-C."""
+
+    def run(args: argparse.Namespace) -> int:
+        previous = signal.signal(signal.SIGTERM, interrupt)
+        try:
+            return command(args)
+        except BuildError as error:
+            print(f"nearfar: {error}", file=sys.stderr)
+            return 1
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    return run
+
+
+def interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def numbers(option: str, text: str) -> list[int]:
+    rule = "must be one to eight whole numbers from 1 to 1048576, separated by commas"
+    words = text.split(",")
+    if not (len(words) <= 8 and all(w.isascii() and w.isdigit() and 1 <= int(w) <= 1 << 20 for w in words)):
+        raise UsageError(f"option {option} = {shown(text)}: {rule}")
+    return [int(w) for w in words]
+
+
+def seconds(option: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 1 <= value <= 86400:
+        raise UsageError(f"option {option} = {shown(text)}: must be a number of seconds from 1 to 86400")
+    return value
+
+
+def chosen(names: list[str], standard: tuple[str, ...]) -> list[Contract]:
+    return list(dict.fromkeys(map(parse, names or standard)))
+
+
+# ---- progress ------------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """A bar on a terminal, a few plain lines in a pipe."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.start = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+            self.bar = Progress(*columns, transient=True)
+            self.task = self.bar.add_task("", total=1.0)
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def step(self, text: str) -> None:
+        """A new piece of work: the one line of it that a pipe sees."""
+        if self.bar:
+            self.bar.update(self.task, description=text, completed=0)
+        else:
+            print(f"[{time.monotonic() - self.start:3.0f} s] {text}", flush=True)
+
+    def say(self, text: str) -> None:
+        """A result: a line that stays."""
+        if self.bar:
+            self.bar.console.print(text, highlight=False, markup=False)
+        else:
+            self.step(text)
+
+    def part(self, text: str, done: float) -> None:
+        if self.bar:
+            self.bar.update(self.task, description=text, completed=done)
+
+
+# ---- the C programs ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def running(command: list[str]) -> Iterator[Any]:
+    """A program whose output is read line by line; it is ended whenever this block is left."""
+    errors = tempfile.TemporaryFile("w+", encoding="utf-8")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL, text=True)
+    try:
+        yield process.stdout
+        process.wait()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+        errors.seek(0)
+        message = errors.read().strip().splitlines()
+        errors.close()
+    if process.returncode not in (0, 1):
+        raise BuildError(message[0] if message else f"{Path(command[0]).name} ended with status {process.returncode}")
+
+
+def prepare(program: str, recipes: list[Recipe]) -> Path:
+    """Write and compile a program; its path."""
+    cc = build.compiler()
+    folder = OUTPUT / "build" / program
+    build.fill(folder, build.sources(program, recipes))
+    return build.compile_folder(folder, program, cc)
+
+
+def race(program: Path, args: argparse.Namespace, progress: Progress) -> list[dict[str, Any]]:
+    """Run the tuner; the records that it appended."""
+    command = [str(program), "--events", "--json", str(RECORDS), "--budget", f"{args.seconds:g}"]
+    command += ["--tokens", ",".join(map(str, args.lengths))]
+    found = []
+    with running(command) as lines:
+        for line in lines:
+            event = json.loads(line)
+            if event["event"] == "progress":
+                place = f"{event['contract']}, {event['tokens'] or 'all'} tokens"
+                progress.part(f"{place}: {event['phase']}", event["part"])
+            elif event["event"] == "record":
+                found.append(event["record"])
+                progress.say(report.verdict(event["record"]))
+    return found
+
+
+def measure(program: Path, options: list[str], progress: Progress) -> list[dict[str, Any]]:
+    """Run the bench; its lines."""
+    found = []
+    with running([str(program), *options]) as lines:
+        for line in lines:
+            found.append(json.loads(line))
+            place = " ".join(str(found[-1].get(k, "")) for k in ("bench", "contract", "tokens"))
+            progress.part(place, len(found) % 50 / 50)
+    return found
+
+
+@contextmanager
+def raw_inputs(folders: list[Path]) -> Iterator[list[str]]:
+    """The folders' arrays as files that the bench reads: its options."""
+    with tempfile.TemporaryDirectory(prefix="nearfar-") as scratch:
+        options = []
+        for at, folder in enumerate(folders):
+            name = folder.resolve().name.replace(".", "_") or "input"
+            path = Path(scratch) / str(at) / f"{name}.raw"
+            path.parent.mkdir()
+            path.write_bytes(inputs.raw(inputs.load(folder)))
+            options += ["--input", str(path)]
+        yield options
+
+
+# ---- tune ----------------------------------------------------------------------------------------------------------
+
+
+def tune(args: argparse.Namespace) -> int:
+    choice("option --backend", "backend", args.backend, BACKENDS)
+    contracts = chosen(args.contracts, TUNED)
+    args.seconds, args.lengths = seconds("--budget", args.budget), numbers("--tokens", args.tokens)
+    folders = [Path(args.input)] if args.input else [p for p in INPUTS if p.is_dir()]
+    for folder in folders:
+        inputs.load(folder)  # a bad input is told before any work
+    build.compiler()
+    writable(OUTPUT)
+    with Progress() as progress:
+        everything = [Recipe(c, args.backend, tuple(space(c, args.backend))) for c in contracts]
+        progress.step(f"compiling {sum(len(r.variants) for r in everything)} variants of {len(contracts)} contracts")
+        program = prepare("tune", everything)
+        progress.step(f"verifying and timing them, about {args.seconds:.0f} s")
+        made = race(program, args, progress)
+        device = made[-1]["device"] if made else {}
+        recipes = tuned_recipes(contracts, args.backend, records.read([RECORDS]), device)
+        write({OUTPUT / r.file_name: render(r) for r in recipes})
+        progress.step("measuring the tuned headers")
+        with raw_inputs(folders) as raw:
+            lengths = sorted({*LENGTHS, *args.lengths})
+            options = ["--tests", "speed,error,input", "--tokens", ",".join(map(str, lengths)), *raw]
+            results = measure(prepare("bench", recipes + baselines(contracts, args.backend)), options, progress)
+    publish(results, made)
+    return 0 if made and all(r["winner"] for r in made) else 1
+
+
+def shipped(contracts: list[Contract], backend: str) -> list[Recipe]:
+    """The headers as they are without records."""
+    return [Recipe(c, backend, tuple(default(c, backend))) for c in contracts]
+
+
+def tuned_recipes(
+    contracts: list[Contract], backend: str, found: list[records.Record], device: dict[str, Any]
+) -> list[Recipe]:
+    """The headers that the records choose on this device."""
+    return [Recipe(c, backend, tuple(records.choose(found, c, backend, device))) for c in contracts]
+
+
+def baselines(contracts: list[Contract], backend: str) -> list[Recipe]:
+    """exact at every head dim at which something is compared with it and it is not among the contracts."""
+    wanted = dict.fromkeys(Contract("exact", "", c.dtype, c.d) for c in contracts)
+    return shipped([c for c in wanted if c not in contracts], backend)
+
+
+def publish(results: list[dict[str, Any]], made: list[dict[str, Any]]) -> None:
+    """Print the table; write it, the numbers and the picture."""
+    text = report.table(results)
+    write({RESULTS: "".join(json.dumps(r) + "\n" for r in results), OUTPUT / "table.txt": text})
+    pictures = report.draw(results, OUTPUT)
+    print(text)
+    shown_files = [RECORDS] if made else []
+    shown_files += [*sorted(OUTPUT.glob("nf_*.h")), OUTPUT / "table.txt", *pictures]
+    print("written: " + " ".join(os.path.relpath(p) for p in shown_files))
+
+
+def writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"cannot write to {shown(str(folder))}: {error.strerror}") from None
+
+
+# ---- pack ----------------------------------------------------------------------------------------------------------
+
+README = """\
+The tuner of nearfar {version} for: {names}
+
+On the target, with any C compiler for Linux or another POSIX system:
+
+    cc -O2 *.c -o tune -lm
+    ./tune --json records.jsonl
+
+It verifies every variant against fp64, times what is right, prints a table and appends one line per contract and
+length to records.jsonl. ./tune --help tells its options. Bring records.jsonl home; there
+
+    ./nearfar generate {names} --tuned records.jsonl
+
+writes the headers with the variants that won.
+"""
+
+
+def pack(args: argparse.Namespace) -> int:
+    from . import __version__
+
+    choice("option --backend", "backend", args.backend, BACKENDS)
+    contracts = chosen(args.contracts, ())
+    folder = Path(args.output)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"option -o = {shown(args.output)}: must be a folder")
+    files = build.sources("tune", [Recipe(c, args.backend, tuple(space(c, args.backend))) for c in contracts])
+    files["README"] = README.format(version=__version__, names=" ".join(c.name for c in contracts))
+    files["LICENSE"] = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    write({folder / name: text for name, text in files.items()})
+    print(f"wrote {folder} ({len(files)} files); there: cc -O2 *.c -o tune -lm && ./tune --json records.jsonl")
+    return 0
+
+
+# ---- bench and report ----------------------------------------------------------------------------------------------
+
+
+def bench(args: argparse.Namespace) -> int:
+    choice("option --backend", "backend", args.backend, BACKENDS)
+    contracts = chosen(args.contracts, STANDING)
+    found = records.read(map(Path, args.tuned)) if args.tuned else None
+    lengths = numbers("--tokens", args.tokens) if args.tokens else list(LENGTHS)
+    recipes = shipped(contracts, args.backend) if found is None else tuned_recipes(contracts, args.backend, found, {})
+    recipes += baselines(contracts, args.backend)
+    writable(OUTPUT)
+    with Progress() as progress:
+        progress.step("compiling")
+        program = prepare("bench", recipes)
+        results = [compile_cost(recipe) for recipe in recipes]
+        progress.step("measuring speed, error, decode and two threads")
+        options = ["--tests", "speed,error,decode,splits", "--seconds", "0.4", "--cached", "60,120,240"]
+        results += measure(program, [*options, "--tokens", ",".join(map(str, lengths))], progress)
+        progress.step("measuring the narrower targets")
+        narrow = {v.target for r in recipes for v in r.variants} - {entry(results)}
+        options = ["--tests", "speed", "--way", ",".join(sorted(narrow)), "--tokens", str(min(lengths, key=near_4k))]
+        results += measure(program, options, progress)
+    publish(results, [])
+    print(report.standing(results))
+    print(report.goals(results))
+    return 0
+
+
+def near_4k(tokens: int) -> int:
+    return abs(tokens - 4096)
+
+
+def entry(results: list[dict[str, Any]]) -> str | None:
+    return next((str(r["target"]) for r in results if r.get("bench") == "speed"), None)
+
+
+def compile_cost(recipe: Recipe) -> dict[str, Any]:
+    """Time to compile one header with all its targets, and its size."""
+    folder = OUTPUT / "build" / "bench"
+    cc = build.compiler()
+    took = []
+    for _ in range(3):
+        start = time.monotonic()
+        build.run([*cc.command, "-O2", "-c", f"{recipe.kernel}.c", "-o", f"{recipe.kernel}.o"], folder)
+        took.append(time.monotonic() - start)
+    size = (folder / recipe.file_name).stat().st_size
+    line = {"bench": "compile", "contract": recipe.contract.name, "compiler": cc.name}
+    return {**line, "seconds": min(took), "bytes": size}
+
+
+def draw_report(args: argparse.Namespace) -> int:
+    try:
+        lines = RESULTS.read_text(encoding="utf-8").splitlines()
+        results = [json.loads(line) for line in lines]
+    except (OSError, ValueError):
+        raise UsageError(f"{shown(str(RESULTS))}: no measurements yet: run ./nearfar tune or ./nearfar bench") from None
+    writable(OUTPUT)
+    print(report.table(results))
+    print("written: " + " ".join(os.path.relpath(p) for p in report.draw(results, OUTPUT)))
+    return 0

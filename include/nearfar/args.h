@@ -1,0 +1,409 @@
+/* ---- arguments: checked and resolved before any work ------------------------------------------------------------- */
+#ifndef NF_ARGS_READY
+#define NF_ARGS_READY
+
+#include <string.h>
+
+#if defined(__GNUC__) || defined(__clang__)
+#define NF_UNUSED __attribute__((unused))
+#define NF_INLINE static inline __attribute__((always_inline, unused))
+#else
+#define NF_UNUSED
+#define NF_INLINE static inline
+#endif
+
+#define NF_MAGIC_PROJECTION 0x5046524eu /* "NRFP" */
+#define NF_MAGIC_STATE 0x5346524eu      /* "NRFS" */
+#define NF_NO_KEY (-1e30f)              /* the reference R of a feature that has seen no key */
+
+/* What the common code must know of a contract. */
+typedef struct nf_contract {
+    uint64_t hash;       /* FNV-1a of the contract's name */
+    int64_t dim;         /* D, of queries, keys and values */
+    int64_t features;    /* M; 0: neither projection nor state */
+    size_t element;      /* bytes of a tensor element */
+    size_t workspace;    /* bytes, enough for every variant of the kernel */
+    size_t projection;   /* bytes of one projection */
+    size_t state_unit;   /* bytes of one nf_state_unit with its R, z and S */
+    float default_scale; /* 1/sqrt(D) */
+} nf_contract;
+
+/* One unit of work: the queries of one group of heads against their kv head, all strides resolved. */
+typedef struct nf_unit {
+    const char *q, *k, *v;
+    char *out;
+    float *lse;
+    int64_t q_tokens, kv_tokens;
+    int64_t q_stride, k_stride, v_stride, out_stride; /* elements from token to token */
+    int64_t q_head, out_head, lse_head;               /* elements from query head to query head */
+    int64_t group;                                    /* query heads that share the kv head */
+    float scale;
+    int32_t mask;
+    const void *projection;
+    nf_state_unit *state;
+} nf_unit;
+
+/* The arguments with every default filled in. */
+typedef struct nf_plan {
+    const nf_contract *contract;
+    nf_args args;
+    int64_t group, begin, end, units;
+    size_t state_bytes;
+} nf_plan;
+
+typedef void (*nf_unit_fn)(const nf_unit *unit, void *workspace);
+
+/* a * b of non-negative numbers, or -1 where the product (or an operand) leaves the range of sizes. */
+static int64_t nf_product(int64_t a, int64_t b)
+{
+    const int64_t limit = (int64_t)1 << 47;
+    if (a < 0 || b < 0 || (b > 0 && a > limit / b))
+        return -1;
+    return a * b;
+}
+
+NF_UNUSED static uint64_t nf_hash(uint64_t hash, const void *data, size_t bytes)
+{
+    const unsigned char *p = (const unsigned char *)data;
+    for (size_t i = 0; i < bytes; i++)
+        hash = (hash ^ p[i]) * 0x100000001b3u;
+    return hash;
+}
+
+/* Square root by Newton's rule: no libm, the same bits everywhere. */
+NF_UNUSED static double nf_sqrt(double x)
+{
+    uint64_t bits;
+    double y;
+    if (!(x > 0))
+        return 0;
+    memcpy(&bits, &x, sizeof bits);
+    bits = (bits >> 1) + ((uint64_t)1023 << 51);
+    memcpy(&y, &bits, sizeof y);
+    for (int i = 0; i < 5; i++)
+        y = 0.5 * (y + x / y);
+    return y;
+}
+
+/* Natural logarithm of a positive normal float, relative error below 1e-12, without libm. */
+NF_UNUSED static double nf_log(double x)
+{
+    uint64_t bits;
+    int64_t exponent;
+    double m, s, s2;
+    memcpy(&bits, &x, sizeof bits);
+    exponent = (int64_t)((bits >> 52) & 2047) - 1023;
+    bits = (bits & 0xfffffffffffffu) | ((uint64_t)1023 << 52);
+    memcpy(&m, &bits, sizeof m);
+    if (m > 1.4142135623730951) {
+        m *= 0.5;
+        exponent++;
+    }
+    s = (m - 1) / (m + 1);
+    s2 = s * s;
+    m = 2 * s *
+        (1 + s2 * (1.0 / 3 + s2 * (1.0 / 5 + s2 * (1.0 / 7 + s2 * (1.0 / 9 + s2 * (1.0 / 11 + s2 * (1.0 / 13)))))));
+    return m + 0.69314718055994531 * (double)exponent;
+}
+
+/* ln of den * 2^exponent, plus shift; -inf for an empty sum. */
+NF_UNUSED static float nf_lse(float den, double exponent, double shift)
+{
+    const uint32_t minus_infinity = 0xff800000u;
+    float x;
+    if (den > 0)
+        return (float)(nf_log((double)den) + 0.69314718055994531 * exponent + shift);
+    memcpy(&x, &minus_infinity, sizeof x);
+    return den < 0 || den == 0 ? x : den;
+}
+
+NF_INLINE int nf_aligned(const void *p, size_t alignment)
+{
+    return ((uintptr_t)p & (alignment - 1)) == 0;
+}
+
+NF_INLINE int nf_finite(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (bits & 0x7f800000u) != 0x7f800000u;
+}
+
+/* Do the bytes [a, a + na) and [b, b + nb) meet? */
+static int nf_overlap(const void *a, size_t na, const void *b, size_t nb)
+{
+    const uintptr_t x = (uintptr_t)a, y = (uintptr_t)b;
+    return a && b && na && nb && (x < y ? y - x < na : x - y < nb);
+}
+
+/* Fill in dense strides and return the tensor's extent in bytes, or 0 with *status set. An empty tensor has extent 0.
+ */
+static size_t nf_extent(const nf_contract *c, int64_t batch, int64_t tokens, int64_t heads, int64_t stride[3],
+                        int writable, nf_status *status)
+{
+    int64_t count[3] = {batch, tokens, heads}, order[3] = {0, 1, 2}, extent = c->dim, dense;
+    for (int i = 0; i < 3; i++)
+        if (stride[i] < 0 || (stride[i] > 0 && stride[i] < c->dim)) {
+            *status = NF_E_STRIDE;
+            return 0;
+        }
+    if (stride[2] == 0)
+        stride[2] = c->dim;
+    dense = nf_product(heads, c->dim);
+    if (stride[1] == 0)
+        stride[1] = dense;
+    dense = dense < 0 || stride[1] < 0 ? -1 : nf_product(tokens, stride[1]);
+    if (stride[0] == 0)
+        stride[0] = dense;
+    for (int i = 0; i < 2; i++) /* three entries, sorted by stride */
+        for (int j = 0; j < 2; j++)
+            if (stride[order[j]] > stride[order[j + 1]]) {
+                const int64_t t = order[j];
+                order[j] = order[j + 1];
+                order[j + 1] = t;
+            }
+    for (int i = 0; i < 3; i++) {
+        const int64_t n = count[order[i]], s = stride[order[i]];
+        const int64_t reach = n < 1 ? 0 : nf_product(n - 1, s);
+        if (s < 0 || reach < 0) {
+            *status = NF_E_OVERFLOW;
+            return 0;
+        }
+        if (writable && n > 1 && s < extent) {
+            *status = NF_E_STRIDE;
+            return 0;
+        }
+        extent += reach; /* each reach is below 2^47 */
+    }
+    if (nf_product(extent, (int64_t)c->element) < 0) {
+        *status = NF_E_OVERFLOW;
+        return 0;
+    }
+    return tokens > 0 ? (size_t)extent * c->element : 0;
+}
+
+/* The hash that ties a state to the features and the scale it was made with. */
+NF_UNUSED static uint64_t nf_state_hash(const nf_plan *p, int64_t unit)
+{
+    const nf_args *a = &p->args;
+    const char *projection = (const char *)a->projection + (size_t)(unit % a->kv_heads) * a->projection_stride;
+    return nf_hash(((const nf_projection_head *)(const void *)projection)->hash, &a->scale, sizeof a->scale);
+}
+
+/* The nf_state_unit of a unit. */
+NF_UNUSED static nf_state_unit *nf_state_at(const nf_contract *c, void *state, int64_t unit)
+{
+    return (nf_state_unit *)(void *)((char *)state + sizeof(nf_state_head) + (size_t)unit * c->state_unit);
+}
+
+/* Sizes, heads, mask, scale and packing; fills in the defaults. Reads no tensor. */
+static nf_status nf_check_shape(const nf_contract *c, const nf_args *args, nf_plan *p)
+{
+    nf_args *a = &p->args;
+    if (!args)
+        return NF_E_NULL;
+    *a = *args;
+    p->contract = c;
+    if (a->batch < 1 || a->heads < 1 || a->kv_heads < 0 || a->q_tokens < 0 || a->kv_tokens < 0 || a->sequences < 0)
+        return NF_E_SIZE;
+    if (a->kv_heads == 0)
+        a->kv_heads = a->heads;
+    if (a->kv_tokens == 0)
+        a->kv_tokens = a->q_tokens;
+    if (a->heads % a->kv_heads != 0)
+        return NF_E_HEADS;
+    if (a->mask != NF_CAUSAL && a->mask != NF_FULL)
+        return NF_E_MASK;
+    if (a->mask == NF_CAUSAL && a->kv_tokens < a->q_tokens)
+        return NF_E_TOKENS;
+    if (!(a->scale >= 0) || !nf_finite(a->scale))
+        return NF_E_SCALE;
+    if (a->scale == 0)
+        a->scale = c->default_scale;
+    if (a->pattern)
+        return NF_E_PATTERN;
+    p->group = a->heads / a->kv_heads;
+    if (a->cu_tokens) {
+        if (a->sequences < 1 || a->batch != 1 || a->kv_tokens != a->q_tokens || a->cu_tokens[0] != 0)
+            return NF_E_PACKED;
+        for (int64_t s = 0; s < a->sequences; s++)
+            if (a->cu_tokens[s + 1] < a->cu_tokens[s])
+                return NF_E_PACKED;
+        if (a->cu_tokens[a->sequences] != a->q_tokens)
+            return NF_E_PACKED;
+    } else if (a->sequences) {
+        return NF_E_PACKED;
+    }
+    p->units = nf_product(a->cu_tokens ? a->sequences : a->batch, a->kv_heads);
+    if (p->units < 0 || nf_product(nf_product(nf_product(a->batch, a->heads), a->q_tokens), c->dim * 8) < 0 ||
+        nf_product(nf_product(nf_product(a->batch, a->kv_heads), a->kv_tokens), c->dim * 8) < 0 ||
+        nf_product(p->units, (int64_t)c->state_unit + 1) < 0)
+        return NF_E_OVERFLOW;
+    p->state_bytes = c->features ? sizeof(nf_state_head) + (size_t)p->units * c->state_unit : 0;
+    if (a->split_begin < 0 || a->split_count < 0 || a->split_begin > p->units ||
+        a->split_count > p->units - a->split_begin)
+        return NF_E_SPLIT;
+    p->begin = a->split_begin;
+    p->end = a->split_count ? a->split_begin + a->split_count : p->units;
+    return NF_OK;
+}
+
+/* The projections that the call names. */
+static nf_status nf_check_projection(const nf_plan *p)
+{
+    const nf_args *a = &p->args;
+    if (!p->contract->features)
+        return NF_OK;
+    if (!a->projection)
+        return NF_E_NULL;
+    if (!nf_aligned(a->projection, NF_ALIGN) || a->projection_stride % NF_ALIGN)
+        return NF_E_ALIGN;
+    if (a->projection_stride && a->projection_stride < p->contract->projection)
+        return NF_E_STRIDE;
+    if (nf_product(a->kv_heads, (int64_t)(a->projection_stride & INT64_MAX)) < 0)
+        return NF_E_OVERFLOW;
+    for (int64_t h = 0; h < (a->projection_stride ? a->kv_heads : 1); h++) {
+        const nf_projection_head *head =
+            (const nf_projection_head *)(const void *)((const char *)a->projection + (size_t)h * a->projection_stride);
+        if (head->magic != NF_MAGIC_PROJECTION || head->abi != NF_CORE_ABI || head->contract != p->contract->hash)
+            return NF_E_PROJECTION;
+    }
+    return NF_OK;
+}
+
+/* The state that the call carries on; units outside the split are not looked at. */
+static nf_status nf_check_state(const nf_plan *p)
+{
+    const nf_args *a = &p->args;
+    const nf_state_head *head = (const nf_state_head *)a->state;
+    if (!a->state)
+        return NF_OK;
+    if (!p->contract->features)
+        return NF_E_STATE;
+    if (!nf_aligned(a->state, NF_ALIGN))
+        return NF_E_ALIGN;
+    if (head->magic != NF_MAGIC_STATE || head->abi != NF_CORE_ABI || head->contract != p->contract->hash ||
+        head->units != p->units)
+        return NF_E_STATE;
+    for (int64_t u = p->begin; u < p->end; u++) {
+        const nf_state_unit *unit = nf_state_at(p->contract, a->state, u);
+        if (unit->projection != nf_state_hash(p, u) || unit->tokens < 0)
+            return NF_E_STATE;
+    }
+    return NF_OK;
+}
+
+/* Everything about a forward or decode call. Writes nothing but *p. */
+static nf_status nf_check(const nf_contract *c, const nf_args *args, void *workspace, size_t bytes, int decode,
+                          nf_plan *p)
+{
+    nf_status status = nf_check_shape(c, args, p);
+    nf_args *a = &p->args;
+    int64_t lse_rows;
+    size_t lse_bytes, projection_bytes, size[4];
+    if (status != NF_OK)
+        return status;
+    if (decode && a->mask != NF_CAUSAL)
+        return NF_E_MASK;
+    if (decode && c->features && a->kv_tokens != a->q_tokens)
+        return NF_E_TOKENS;
+    if (decode && c->features && !a->state)
+        return NF_E_NULL;
+    {
+        int64_t s[4][3] = {{a->q.batch_stride, a->q.token_stride, a->q.head_stride},
+                           {a->k.batch_stride, a->k.token_stride, a->k.head_stride},
+                           {a->v.batch_stride, a->v.token_stride, a->v.head_stride},
+                           {a->out.batch_stride, a->out.token_stride, a->out.head_stride}};
+        const void *data[4] = {a->q.data, a->k.data, a->v.data, a->out.data};
+        for (int i = 0; i < 4; i++) {
+            const int of_keys = i == 1 || i == 2;
+            size[i] = nf_extent(c, a->batch, of_keys ? a->kv_tokens : a->q_tokens, of_keys ? a->kv_heads : a->heads,
+                                s[i], i == 3, &status);
+            if (status != NF_OK)
+                return status;
+            if (size[i] && !data[i])
+                return NF_E_NULL;
+            if (size[i] && !nf_aligned(data[i], c->element))
+                return NF_E_ALIGN;
+        }
+        a->q.batch_stride = s[0][0], a->q.token_stride = s[0][1], a->q.head_stride = s[0][2];
+        a->k.batch_stride = s[1][0], a->k.token_stride = s[1][1], a->k.head_stride = s[1][2];
+        a->v.batch_stride = s[2][0], a->v.token_stride = s[2][1], a->v.head_stride = s[2][2];
+        a->out.batch_stride = s[3][0], a->out.token_stride = s[3][1], a->out.head_stride = s[3][2];
+        if ((status = nf_check_projection(p)) != NF_OK || (status = nf_check_state(p)) != NF_OK)
+            return status;
+        if (!workspace)
+            return NF_E_NULL;
+        if (!nf_aligned(workspace, NF_ALIGN) || (a->lse && !nf_aligned(a->lse, sizeof(float))))
+            return NF_E_ALIGN;
+        if (bytes < c->workspace)
+            return NF_E_WORKSPACE;
+        lse_rows = nf_product(nf_product(a->batch, a->heads), a->q_tokens);
+        lse_bytes = a->lse ? (size_t)lse_rows * sizeof(float) : 0;
+        projection_bytes = c->projection + (size_t)(a->projection_stride ? a->kv_heads - 1 : 0) * a->projection_stride;
+        {
+            /* What may be written (the first four) meets neither itself nor what is read. */
+            const void *at[9] = {a->out.data, a->lse,    workspace,     a->state,    a->q.data,
+                                 a->k.data,   a->v.data, a->projection, a->cu_tokens};
+            const size_t extent[9] = {size[3],
+                                      lse_bytes,
+                                      c->workspace,
+                                      a->state ? p->state_bytes : 0,
+                                      size[0],
+                                      size[1],
+                                      size[2],
+                                      c->features ? projection_bytes : 0,
+                                      a->cu_tokens ? ((size_t)a->sequences + 1) * sizeof(int32_t) : 0};
+            for (int i = 0; i < 4; i++)
+                for (int j = i + 1; j < 9; j++)
+                    if (nf_overlap(at[i], extent[i], at[j], extent[j]))
+                        return NF_E_OVERLAP;
+        }
+    }
+    return NF_OK;
+}
+
+/* Run every unit of a checked plan. */
+static void nf_run(const nf_plan *p, nf_unit_fn run, void *workspace)
+{
+    const nf_args *a = &p->args;
+    const int64_t element = (int64_t)p->contract->element;
+    for (int64_t unit = p->begin; unit < p->end; unit++) {
+        const int64_t entry = unit / a->kv_heads, h = unit % a->kv_heads, batch = a->cu_tokens ? 0 : entry;
+        const int64_t first = a->cu_tokens ? a->cu_tokens[entry] : 0;
+        const int64_t head = h * p->group;
+        nf_unit u;
+        u.q_tokens = a->cu_tokens ? a->cu_tokens[entry + 1] - first : a->q_tokens;
+        u.kv_tokens = a->cu_tokens ? u.q_tokens : a->kv_tokens;
+        u.q_stride = a->q.token_stride, u.k_stride = a->k.token_stride;
+        u.v_stride = a->v.token_stride, u.out_stride = a->out.token_stride;
+        u.q_head = a->q.head_stride, u.out_head = a->out.head_stride, u.lse_head = a->q_tokens;
+        u.q = u.k = u.v = NULL;
+        u.out = NULL;
+        u.lse = NULL;
+        if (u.q_tokens) {
+            u.q =
+                (const char *)a->q.data + (batch * a->q.batch_stride + first * u.q_stride + head * u.q_head) * element;
+            u.out = (char *)a->out.data +
+                    (batch * a->out.batch_stride + first * u.out_stride + head * u.out_head) * element;
+            if (a->lse)
+                u.lse = a->lse + (batch * a->heads + head) * a->q_tokens + first;
+        }
+        if (u.kv_tokens) {
+            u.k = (const char *)a->k.data +
+                  (batch * a->k.batch_stride + first * u.k_stride + h * a->k.head_stride) * element;
+            u.v = (const char *)a->v.data +
+                  (batch * a->v.batch_stride + first * u.v_stride + h * a->v.head_stride) * element;
+        }
+        u.group = p->group;
+        u.scale = a->scale;
+        u.mask = a->mask;
+        u.projection = a->projection ? (const char *)a->projection + (size_t)h * a->projection_stride : NULL;
+        u.state = a->state ? nf_state_at(p->contract, a->state, unit) : NULL;
+        run(&u, workspace);
+        if (u.state)
+            u.state->tokens += u.kv_tokens;
+    }
+}
+
+#endif /* NF_ARGS_READY */

@@ -1,0 +1,158 @@
+/* ---- nearfar core: what every kernel shares ------------------------------------------------------------------------
+ *
+ * One argument struct serves every operator and backend; all zero means default. Tensors are [batch, token, head, dim]
+ * with the last dim contiguous; strides are in elements and 0 means dense. The tokens of packed sequences stand behind
+ * one another in one batch entry, sequence s from cu_tokens[s] to cu_tokens[s + 1].
+ */
+#if defined(NF_CORE_ABI) && NF_CORE_ABI != 1
+#error "two nearfar headers of different core ABI in one file: generate both with the same nearfar version"
+#endif
+#ifndef NF_CORE_ABI
+#define NF_CORE_ABI 1
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Workspaces, projections and states start at a multiple of this many bytes, and their sizes are multiples of it. */
+#define NF_ALIGN 64
+
+/* Every status: name, value, what was wrong. On any status but NF_OK nothing has been written. */
+#define NF_STATUS_LIST(X)                                                                                              \
+    X(NF_OK, 0, "ok")                                                                                                  \
+    X(NF_E_NULL, -1, "a pointer that this call needs is null")                                                         \
+    X(NF_E_SIZE, -2, "batch and heads must be at least 1; kv_heads, tokens and sequences must not be negative")        \
+    X(NF_E_HEADS, -3, "heads must be a multiple of kv_heads")                                                          \
+    X(NF_E_TOKENS, -4, "q_tokens and kv_tokens do not fit together: causal and decode need kv_tokens >= q_tokens")     \
+    X(NF_E_OVERFLOW, -5, "a product of sizes and strides exceeds the address range")                                   \
+    X(NF_E_STRIDE, -6, "a stride is negative, below the head dim, or lets rows of out overlap")                        \
+    X(NF_E_SCALE, -7, "scale must be finite and not negative (0 means 1/sqrt(D))")                                     \
+    X(NF_E_MASK, -8, "mask must be NF_CAUSAL or NF_FULL")                                                              \
+    X(NF_E_PACKED, -9, "cu_tokens must start at 0, never fall and end at q_tokens, with batch 1 and equal kv_tokens")  \
+    X(NF_E_SPLIT, -10, "split_begin and split_count must lie within batch (or sequences) * kv_heads")                  \
+    X(NF_E_ALIGN, -11, "workspace, projection and state need NF_ALIGN bytes of alignment, tensors their element's")    \
+    X(NF_E_WORKSPACE, -12, "the workspace is smaller than the workspace function asks for")                            \
+    X(NF_E_OVERLAP, -13, "memory to be written overlaps other memory of the call")                                     \
+    X(NF_E_PROJECTION, -14, "this is not a projection of this contract, or it was never initialised")                  \
+    X(NF_E_STATE, -15, "this state is of another contract, projection, scale or shape, or it was never reset")         \
+    X(NF_E_PATTERN, -16, "this operator takes no pattern")                                                             \
+    X(NF_E_VALUE, -17, "a matrix or calibration sample holds a value that is not finite, or an unknown flag")          \
+    X(NF_E_UNSUPPORTED, -18, "this processor or device lacks what the variant needs")
+
+typedef enum nf_status {
+#define NF_STATUS_ENUM(name, value, text) name = value,
+    NF_STATUS_LIST(NF_STATUS_ENUM)
+#undef NF_STATUS_ENUM
+        NF_STATUS_COUNT = 19
+} nf_status;
+
+/* The sentence that belongs to a status. */
+static inline const char *nf_status_text(nf_status status)
+{
+    switch (status) {
+#define NF_STATUS_CASE(name, value, text)                                                                              \
+    case name:                                                                                                         \
+        return text;
+        NF_STATUS_LIST(NF_STATUS_CASE)
+#undef NF_STATUS_CASE
+    case NF_STATUS_COUNT:
+        break;
+    }
+    return "not a status of nearfar";
+}
+
+/* Which keys a query sees. Causal: the last query sees the last key, each earlier one a key less. */
+typedef enum nf_mask { NF_CAUSAL = 0, NF_FULL = 1 } nf_mask;
+
+/* A tensor [batch, token, head, dim]; strides in elements, 0 = dense, the last dim contiguous. */
+typedef struct nf_input {
+    const void *data;
+    int64_t batch_stride, token_stride, head_stride;
+} nf_input;
+
+typedef struct nf_output {
+    void *data;
+    int64_t batch_stride, token_stride, head_stride;
+} nf_output;
+
+struct nf_pattern;
+
+/* The arguments of every forward and decode. Sizes are counts, all of them signed 64 bit. */
+typedef struct nf_args {
+    int64_t batch;     /* at least 1 */
+    int64_t heads;     /* query heads, at least 1 */
+    int64_t kv_heads;  /* key and value heads, a divisor of heads; 0 = heads */
+    int64_t q_tokens;  /* queries per sequence; packed: all tokens together */
+    int64_t kv_tokens; /* keys per sequence; 0 = q_tokens */
+    nf_input q, k, v;
+    nf_output out;                    /* overlaps no other memory of the call */
+    float *lse;                       /* [batch, heads, q_tokens] natural log of the kernel sum, or NULL */
+    float scale;                      /* of the logits; 0 = 1/sqrt(D) */
+    int32_t mask;                     /* nf_mask */
+    const int32_t *cu_tokens;         /* packed sequences: their sequences + 1 borders, or NULL */
+    int64_t sequences;                /* number of packed sequences */
+    const void *projection;           /* of operators with random features */
+    size_t projection_stride;         /* bytes from one kv head's projection to the next; 0 = one for all heads */
+    const struct nf_pattern *pattern; /* of operators over a pattern */
+    void *state;                      /* carried in and out, or NULL */
+    int64_t split_begin; /* first unit of this call; a unit is one kv head of one batch entry or sequence */
+    int64_t split_count; /* units of this call; 0 = all from split_begin on */
+    void *stream;        /* GPU stream; ignored on a CPU */
+} nf_args;
+
+/* A sample of one head's queries and keys (rows of D floats), from which a projection is fitted to the head: the means
+ * are taken out (exact: softmax does not see them), the channels of q and k are balanced by Psi, and the logits are
+ * tempered by tau^2, which trades bias for variance. Zero fields are defaults. */
+typedef struct nf_calibration {
+    const float *q, *k;
+    int64_t q_tokens, k_tokens; /* rows of each sample */
+    int64_t q_stride, k_stride; /* elements from row to row; 0 = D */
+    float tau;                  /* (0, 1]; 0 = 0.7, 1 = no tempering */
+    uint32_t flags;             /* NF_KEEP_MEAN, NF_KEEP_CHANNELS */
+} nf_calibration;
+
+#define NF_KEEP_MEAN 1u     /* calibration: do not centre q and k */
+#define NF_KEEP_CHANNELS 2u /* calibration: do not balance the channels */
+#define NF_KEEP_F32 1u      /* projection_from: do not round the matrix to bf16 */
+
+/* A projection of one contract: this head, then the matrix and the calibration, opaque to the caller. */
+typedef struct nf_projection_head {
+    uint32_t magic, abi;
+    uint64_t contract; /* hash of the contract's name */
+    uint64_t hash;     /* of everything that shapes the features */
+    uint32_t reserved[10];
+} nf_projection_head;
+
+/* A state: one nf_state_head, then for every batch entry (or sequence) and kv head an nf_state_unit followed by
+ * float R[M], z[M], S[M][D]: feature r holds z = sum_j 2^(l_jr - R) and S = sum_j 2^(l_jr - R) v_j over the keys j seen
+ * so far, l the base-2 exponent of the key's feature and R a whole number (-1e30 while no key was seen). */
+typedef struct nf_state_head {
+    uint32_t magic, abi;
+    uint64_t contract;
+    int64_t units;
+    uint32_t reserved[10];
+} nf_state_head;
+
+typedef struct nf_state_unit {
+    uint64_t projection; /* hash of projection and scale */
+    int64_t tokens;      /* keys folded in so far */
+    uint32_t reserved[12];
+} nf_state_unit;
+
+/* One way to run a kernel. Variants of one kernel are interchangeable; a variant run where supported() is 0 returns
+ * NF_E_UNSUPPORTED. */
+typedef struct nf_variant {
+    const char *name;   /* also the symbol's stem: <name>_forward, <name>_decode */
+    const char *target; /* instruction set */
+    nf_status (*forward)(const nf_args *args, void *workspace, size_t bytes);
+    nf_status (*decode)(const nf_args *args, void *workspace, size_t bytes);
+    int (*supported)(void);
+} nf_variant;
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* NF_CORE_ABI */

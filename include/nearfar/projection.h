@@ -1,0 +1,334 @@
+/* ---- projections: sampled, given or fitted to a head -----------------------------------------------------------------
+ *
+ * A projection is a matrix w [rows][D] in natural units, kept twice (rows and columns), and the head's calibration: with
+ * x' = sqrt(scale) x the features are exp(+-w x^ - |x^|^2 / 2) of q^ = q_factor (q' - q_mean') and k^ = k_factor (k' -
+ * k_mean'). What softmax(q k) has beyond softmax(q^ k^) is a weight of the key alone, exp(q_mean' (k' - k_mean')), and of
+ * the query alone, which only lse sees.
+ */
+#ifndef NF_PROJECTION_READY
+#define NF_PROJECTION_READY
+
+/* The layout of a contract's projection. */
+typedef struct nf_projection_shape {
+    uint64_t contract;
+    int rows, dim, stride; /* stride: of a column of w, padded to an odd number of cache lines */
+} nf_projection_shape;
+
+/* The calibration of one head, [dim] each. */
+enum { NF_Q_MEAN, NF_Q_FACTOR, NF_Q_SLOPE, NF_Q_CURVE, NF_K_MEAN, NF_K_FACTOR, NF_K_SLOPE, NF_FIT_ROWS };
+
+/* 64 random bits from a counter (splitmix64, Steele, Lea and Flood 2014). */
+static uint64_t nf_random(uint64_t *counter)
+{
+    uint64_t x = *counter += 0x9e3779b97f4a7c15u;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
+}
+
+/* The nearest bf16 (ties to even), as a float. */
+static float nf_to_bf16(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* In place: the Hadamard transform of every block of x, in whole numbers. */
+static void nf_hadamard(int32_t *x, int dim, int block)
+{
+    for (int half = 1; half < block; half *= 2)
+        for (int i = 0; i < dim; i++)
+            if (!(i & half)) {
+                const int32_t a = x[i], b = x[i + half];
+                x[i] = a + b;
+                x[i + half] = a - b;
+            }
+}
+
+/* Rows of random rotations, norm sqrt(dim): rounds of permutation, random signs and Hadamard transform (orthogonal
+ * random features, Yu et al. 2016, section 4; with blocks and permutations where dim is no power of two). All of it in
+ * whole numbers, so a seed gives the same bits everywhere. Every dim rows are one rotation, exactly orthogonal. */
+static void nf_sample(const nf_projection_shape *shape, uint64_t seed, float *w)
+{
+    enum { MOST = 256, ROUNDS = 6 };
+    const int dim = shape->dim, block = dim & -dim, rounds = block == dim ? 3 : ROUNDS;
+    double square = dim; /* of the factor that makes a row's norm sqrt(dim) */
+    float unit;
+    for (int k = 0; k < rounds; k++)
+        square /= block;
+    unit = (float)nf_sqrt(square);
+    for (int first = 0; first < shape->rows; first += dim) {
+        int16_t from[ROUNDS][MOST];
+        int32_t sign[ROUNDS][MOST];
+        uint64_t counter = seed;
+        counter = nf_random(&counter) + (uint64_t)(first / dim);
+        counter = nf_random(&counter);
+        for (int k = 0; k < rounds; k++) {
+            for (int d = 0; d < dim; d++) {
+                from[k][d] = (int16_t)d;
+                sign[k][d] = nf_random(&counter) >> 63 ? -1 : 1;
+            }
+            for (int d = dim - 1; d > 0; d--) {
+                const int other = (int)(nf_random(&counter) % (uint64_t)(d + 1));
+                const int16_t t = from[k][d];
+                from[k][d] = from[k][other];
+                from[k][other] = t;
+            }
+        }
+        for (int r = first; r < shape->rows && r < first + dim; r++) {
+            int32_t x[MOST] = {0}, y[MOST];
+            x[r - first] = 1;
+            for (int k = 0; k < rounds; k++) {
+                for (int d = 0; d < dim; d++)
+                    y[d] = x[from[k][d]] * sign[k][d];
+                memcpy(x, y, sizeof x);
+                nf_hadamard(x, dim, block);
+            }
+            for (int d = 0; d < dim; d++)
+                w[r * dim + d] = nf_to_bf16((float)x[d] * unit);
+        }
+    }
+}
+
+static nf_status nf_check_calibration(const nf_projection_shape *shape, const nf_calibration *c)
+{
+    const int64_t dim = shape->dim;
+    if (!c->q || !c->k)
+        return NF_E_NULL;
+    if (!nf_aligned(c->q, sizeof(float)) || !nf_aligned(c->k, sizeof(float)))
+        return NF_E_ALIGN;
+    if (c->q_tokens < 1 || c->k_tokens < 1)
+        return NF_E_SIZE;
+    if (c->q_stride < 0 || c->k_stride < 0 || (c->q_stride && c->q_stride < dim) || (c->k_stride && c->k_stride < dim))
+        return NF_E_STRIDE;
+    if (nf_product(c->q_tokens, c->q_stride ? c->q_stride : dim) < 0 ||
+        nf_product(c->k_tokens, c->k_stride ? c->k_stride : dim) < 0)
+        return NF_E_OVERFLOW;
+    if (!nf_finite(c->tau) || c->tau < 0 || c->tau > 1 || (c->flags & ~(NF_KEEP_MEAN | NF_KEEP_CHANNELS)))
+        return NF_E_VALUE;
+    for (int64_t t = 0; t < c->q_tokens; t++)
+        for (int64_t d = 0; d < dim; d++)
+            if (!nf_finite(c->q[t * (c->q_stride ? c->q_stride : dim) + d]))
+                return NF_E_VALUE;
+    for (int64_t t = 0; t < c->k_tokens; t++)
+        for (int64_t d = 0; d < dim; d++)
+            if (!nf_finite(c->k[t * (c->k_stride ? c->k_stride : dim) + d]))
+                return NF_E_VALUE;
+    return NF_OK;
+}
+
+/* Mean and mean square deviation from it of channel d; with keep_mean the mean counts as 0. */
+static void nf_moments(const float *x, int64_t tokens, int64_t stride, int64_t d, int keep_mean, double *mean,
+                       double *square)
+{
+    double sum = 0;
+    for (int64_t t = 0; t < tokens && !keep_mean; t++)
+        sum += (double)x[t * stride + d];
+    *mean = (double)(float)(sum / (double)tokens);
+    *square = 0;
+    for (int64_t t = 0; t < tokens; t++)
+        *square += ((double)x[t * stride + d] - *mean) * ((double)x[t * stride + d] - *mean);
+    *square /= (double)tokens;
+}
+
+/* Fill fit [NF_FIT_ROWS][dim] from a sample (NULL: nothing to fit); returns the mean logit q_mean k_mean.
+ * Centring and tempering: this project; channel balance psi = (E k^2 / E q^2)^(1/4): SADERF, Likhosherstov et al. 2023. */
+static float nf_calibrate(const nf_projection_shape *shape, const nf_calibration *c, float *fit)
+{
+    const int dim = shape->dim;
+    const double tau = !c ? 1 : c->tau > 0 ? (double)c->tau : 0.7;
+    double constant = 0;
+    for (int d = 0; d < dim; d++) {
+        double q_mean = 0, k_mean = 0, q_square = 0, k_square = 0, psi = 1, variance;
+        if (c) {
+            const int keep = (c->flags & NF_KEEP_MEAN) != 0;
+            nf_moments(c->q, c->q_tokens, c->q_stride ? c->q_stride : dim, d, keep, &q_mean, &q_square);
+            nf_moments(c->k, c->k_tokens, c->k_stride ? c->k_stride : dim, d, keep, &k_mean, &k_square);
+            if (!(c->flags & NF_KEEP_CHANNELS) && q_square > 1e-30 && k_square > 1e-30)
+                psi = nf_sqrt(nf_sqrt(k_square / q_square));
+        }
+        variance = k_square * (1 - tau * tau * tau * tau);
+        fit[NF_Q_MEAN * dim + d] = (float)q_mean;
+        fit[NF_K_MEAN * dim + d] = (float)k_mean;
+        fit[NF_Q_FACTOR * dim + d] = (float)(tau * psi);
+        fit[NF_K_FACTOR * dim + d] = (float)(tau / psi);
+        fit[NF_Q_SLOPE * dim + d] = (float)(-k_mean / (tau * psi));
+        fit[NF_K_SLOPE * dim + d] = (float)(-q_mean * psi / tau);
+        fit[NF_Q_CURVE * dim + d] = (float)(variance / (tau * tau * psi * psi));
+        constant += q_mean * k_mean;
+    }
+    return (float)constant;
+}
+
+/* The head's fit at a scale, in log2 units: x = (token - mean) * factor; the token's norm sum_d x (curve x + slope). */
+static void nf_fit(const float *fit, int dim, float scale, float *q, float *k, float *curve)
+{
+    const float root = (float)nf_sqrt((double)scale), unit = root * 1.44269504f;
+    for (int d = 0; d < dim; d++) {
+        q[d] = fit[NF_Q_MEAN * dim + d];
+        k[d] = fit[NF_K_MEAN * dim + d];
+        q[dim + d] = fit[NF_Q_FACTOR * dim + d] * unit;
+        k[dim + d] = fit[NF_K_FACTOR * dim + d] * unit;
+        q[2 * dim + d] = fit[NF_Q_SLOPE * dim + d] * root;
+        k[2 * dim + d] = fit[NF_K_SLOPE * dim + d] * root;
+        curve[d] = 0.34657359f * (1.0f - scale * fit[NF_Q_CURVE * dim + d]);
+    }
+}
+
+/* Everything of a projection that follows from w and the calibration. */
+static void nf_projection_finish(const nf_projection_shape *shape, nf_projection_head *head, const float *w,
+                                 float *columns, const float *fit, const float *constant)
+{
+    const size_t dim = (size_t)shape->dim, rows = (size_t)shape->rows;
+    memset(columns, 0, dim * (size_t)shape->stride * sizeof(float));
+    for (size_t r = 0; r < rows; r++)
+        for (size_t d = 0; d < dim; d++)
+            columns[d * (size_t)shape->stride + r] = w[r * dim + d];
+    memset(head, 0, sizeof *head);
+    head->magic = NF_MAGIC_PROJECTION;
+    head->abi = NF_CORE_ABI;
+    head->contract = shape->contract;
+    head->hash = nf_hash(shape->contract, w, rows * dim * sizeof(float));
+    head->hash = nf_hash(head->hash, fit, NF_FIT_ROWS * dim * sizeof(float));
+    head->hash = nf_hash(head->hash, constant, sizeof *constant);
+}
+
+/* 2^step of a whole step <= 0, exact; 0 below the normal numbers. */
+static float nf_power_of_two(float step)
+{
+    uint32_t bits;
+    float x;
+    if (!(step >= -126.0f))
+        return 0;
+    bits = (uint32_t)((int32_t)step + 127) << 23;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* floor(log2 x) of a number above the limit, otherwise 0. */
+static float nf_exponent(float x, float limit)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return x > limit && nf_finite(x) ? (float)((int32_t)(bits >> 23) - 127) : 0.0f;
+}
+
+#define NF_KEY_LIMIT 1152921504606846976.0f /* 2^60: a key feature beyond it, relative to its reference, ends the chunk */
+#define NF_REFERENCE_LAG 8.0f   /* how far a reference stays below the key it rises to: the next records change nothing */
+#define NF_SUM_LIMIT 65536.0f               /* a feature's sum beyond it raises the reference */
+
+/* A state's R, z, S [m][dim] into the workspace, S in panels of `panel` columns of the padded width (see the space). */
+static void nf_state_load(const nf_state_unit *state, int m, int dim, int width, int panel, float *r, float *z, float *s)
+{
+    memset(z, 0, (size_t)m * sizeof(float));
+    memset(s, 0, (size_t)m * (size_t)width * sizeof(float));
+    for (int i = 0; i < m; i++)
+        r[i] = NF_NO_KEY;
+    if (state && state->tokens) {
+        const float *from = (const float *)(const void *)(state + 1);
+        memcpy(r, from, (size_t)m * sizeof(float));
+        memcpy(z, from + m, (size_t)m * sizeof(float));
+        for (int v0 = 0; v0 < dim; v0 += panel) {
+            const int columns = width - v0 < panel ? width - v0 : panel, used = dim - v0 < columns ? dim - v0 : columns;
+            for (int i = 0; i < m; i++)
+                memcpy(s + v0 * m + i * columns, from + 2 * m + i * dim + v0, (size_t)used * sizeof(float));
+        }
+    }
+}
+
+static void nf_state_store(nf_state_unit *state, int m, int dim, int width, int panel, const float *r, const float *z,
+                           const float *s)
+{
+    float *to = (float *)(void *)(state + 1);
+    if (!state)
+        return;
+    memcpy(to, r, (size_t)m * sizeof(float));
+    memcpy(to + m, z, (size_t)m * sizeof(float));
+    for (int v0 = 0; v0 < dim; v0 += panel) {
+        const int columns = width - v0 < panel ? width - v0 : panel, used = dim - v0 < columns ? dim - v0 : columns;
+        for (int i = 0; i < m; i++)
+            memcpy(to + 2 * m + i * dim + v0, s + v0 * m + i * columns, (size_t)used * sizeof(float));
+    }
+}
+
+/* dst = a + b of one unit, feature by feature on the larger of both references; dst may be a or b. */
+static void nf_state_merge_unit(nf_state_unit *dst, const nf_state_unit *a, const nf_state_unit *b, int m, int dim)
+{
+    const float *x = (const float *)(const void *)(a + 1), *y = (const float *)(const void *)(b + 1);
+    float *to = (float *)(void *)(dst + 1);
+    for (int i = 0; i < m; i++) {
+        const float r = x[i] > y[i] ? x[i] : y[i];
+        const float fa = nf_power_of_two(x[i] - r), fb = nf_power_of_two(y[i] - r);
+        to[i] = r;
+        to[m + i] = x[m + i] * fa + y[m + i] * fb;
+        for (int d = 0; d < dim; d++)
+            to[2 * m + i * dim + d] = x[2 * m + i * dim + d] * fa + y[2 * m + i * dim + d] * fb;
+    }
+    dst->projection = a->projection;
+    dst->tokens = a->tokens + b->tokens;
+}
+
+/* Reset the units of a state, or merge two: the checks first, then the work. */
+static nf_status nf_state_reset(const nf_contract *c, const nf_args *args)
+{
+    nf_plan p;
+    nf_state_head *head;
+    nf_status status = nf_check_shape(c, args, &p);
+    if (status != NF_OK || (status = nf_check_projection(&p)) != NF_OK)
+        return status;
+    if (!p.args.state)
+        return NF_E_NULL;
+    if (!nf_aligned(p.args.state, NF_ALIGN))
+        return NF_E_ALIGN;
+    head = (nf_state_head *)p.args.state;
+    memset(head, 0, p.state_bytes);
+    head->magic = NF_MAGIC_STATE;
+    head->abi = NF_CORE_ABI;
+    head->contract = c->hash;
+    head->units = p.units;
+    for (int64_t u = 0; u < p.units; u++) {
+        nf_state_unit *unit = nf_state_at(c, p.args.state, u);
+        float *r = (float *)(void *)(unit + 1);
+        unit->projection = nf_state_hash(&p, u);
+        for (int64_t i = 0; i < c->features; i++)
+            r[i] = NF_NO_KEY;
+    }
+    return NF_OK;
+}
+
+static nf_status nf_state_merge(const nf_contract *c, void *dst, const void *a, const void *b)
+{
+    const nf_state_head *ha = (const nf_state_head *)a, *hb = (const nf_state_head *)b;
+    size_t bytes;
+    if (!dst || !a || !b)
+        return NF_E_NULL;
+    if (!nf_aligned(dst, NF_ALIGN) || !nf_aligned(a, NF_ALIGN) || !nf_aligned(b, NF_ALIGN))
+        return NF_E_ALIGN;
+    if (ha->magic != NF_MAGIC_STATE || ha->abi != NF_CORE_ABI || ha->contract != c->hash || ha->units < 0 ||
+        memcmp(ha, hb, sizeof *ha) != 0)
+        return NF_E_STATE;
+    bytes = sizeof *ha + (size_t)ha->units * c->state_unit;
+    if ((dst != a && nf_overlap(dst, bytes, a, bytes)) || (dst != b && nf_overlap(dst, bytes, b, bytes)))
+        return NF_E_OVERLAP;
+    for (int64_t u = 0; u < ha->units; u++) {
+        const size_t at = sizeof *ha + (size_t)u * c->state_unit;
+        const nf_state_unit *x = (const nf_state_unit *)(const void *)((const char *)a + at);
+        const nf_state_unit *y = (const nf_state_unit *)(const void *)((const char *)b + at);
+        if (x->projection != y->projection || x->tokens < 0 || y->tokens < 0)
+            return NF_E_STATE;
+    }
+    memmove(dst, a, sizeof *ha);
+    for (int64_t u = 0; u < ha->units; u++) {
+        const size_t at = sizeof *ha + (size_t)u * c->state_unit;
+        nf_state_unit *to = (nf_state_unit *)(void *)((char *)dst + at);
+        memset(to->reserved, 0, sizeof to->reserved);
+        nf_state_merge_unit(to, (const nf_state_unit *)(const void *)((const char *)a + at),
+                            (const nf_state_unit *)(const void *)((const char *)b + at), (int)c->features, (int)c->dim);
+    }
+    return NF_OK;
+}
+
+#endif /* NF_PROJECTION_READY */
