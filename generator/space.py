@@ -57,11 +57,11 @@ class Variant:
 
 # The tuning space: the register tiles of each target and the tokens per chunk that go with each (for exact: tokens of a
 # query block and of a key block). The first of a target is its default.
-CPU = {
+CPU: dict[str, dict[str, tuple[int, ...]]] = {
     "avx512": {"8x2": (32, 64, 128), "12x2": (96,), "8x3": (48, 96), "4x4": (64, 128)},
     "avx2": {"6x2": (48, 96), "4x3": (48, 96), "4x2": (32, 64), "8x1": (32, 64)},
     "neon": {"4x4": (32, 64), "8x2": (32, 64), "6x4": (48, 96)},
-    "c": {"4x2": (32, 64)},
+    "c": {"1x1": (1,)},  # token by token, without tiles
 }
 SPACE = {("favor", "cpu"): CPU, ("exact", "cpu"): CPU}
 
@@ -71,6 +71,8 @@ def fault(variant: Variant, target: Target) -> str | None:
     c, r, x = variant.c, variant.r, variant.x
     if not (1 <= r <= 32 and 1 <= x <= 8):
         return "the tile must be r1x1 to r32x8"
+    if target.name == "c":
+        return None if (c, r, x) == (1, 1, 1) else "the target c goes token by token: it must be c_c1_r1x1"
     if r * x + x + 1 > target.registers:  # accumulators, x vectors of B, one broadcast of A
         return f"r*x + x + 1 must be at most the {target.registers} registers of {target.name}"
     if not 8 <= c <= 512 or c % (x * target.lanes) or c % r:

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -269,13 +270,14 @@ def tune(args: argparse.Namespace) -> int:
         made = race(program, args, progress)
         device = made[-1]["device"] if made else {}
         recipes = tuned_recipes(contracts, args.backend, records.read([RECORDS]), device)
-        write({OUTPUT / r.file_name: render(r) for r in recipes})
+        headers = {OUTPUT / r.file_name: render(r) for r in recipes}
+        write(headers)
         progress.step("measuring the tuned headers")
         with raw_inputs(folders) as raw:
             lengths = sorted({*LENGTHS, *args.lengths})
             options = ["--tests", "speed,error,input", "--tokens", ",".join(map(str, lengths)), *raw]
-            results = measure(prepare("bench", recipes + baselines(contracts, args.backend)), options, progress)
-    publish(results, made)
+            results = measure(prepare("bench", recipes + baselines(recipes, args.backend)), options, progress)
+    publish(results, [RECORDS, *headers])
     return 0 if made and all(r["winner"] for r in made) else 1
 
 
@@ -291,21 +293,26 @@ def tuned_recipes(
     return [Recipe(c, backend, tuple(records.choose(found, c, backend, device))) for c in contracts]
 
 
-def baselines(contracts: list[Contract], backend: str) -> list[Recipe]:
-    """exact at every head dim at which something is compared with it and it is not among the contracts."""
-    wanted = dict.fromkeys(Contract("exact", "", c.dtype, c.d) for c in contracts)
-    return shipped([c for c in wanted if c not in contracts], backend)
+def baselines(recipes: list[Recipe], backend: str) -> list[Recipe]:
+    """exact at every head dim at which something is compared with it and it is not there yet; with the variants that
+    were chosen for another head dim, if there is one: the baseline must not be the only one that was not tuned."""
+    wanted = dict.fromkeys(Contract("exact", "", r.contract.dtype, r.contract.d) for r in recipes)
+    missing = [c for c in wanted if c not in [r.contract for r in recipes]]
+    alike = next((r for r in recipes if r.contract.operator == "exact"), None)
+    return [replace(alike, contract=c) for c in missing] if alike else shipped(missing, backend)
 
 
-def publish(results: list[dict[str, Any]], made: list[dict[str, Any]]) -> None:
-    """Print the table; write it, the numbers and the picture."""
+def publish(results: list[dict[str, Any]], written: list[Path]) -> None:
+    """Print the table; write it, the numbers and the pictures; name all files."""
     text = report.table(results)
     write({RESULTS: "".join(json.dumps(r) + "\n" for r in results), OUTPUT / "table.txt": text})
     pictures = report.draw(results, OUTPUT)
     print(text)
-    shown_files = [RECORDS] if made else []
-    shown_files += [*sorted(OUTPUT.glob("nf_*.h")), OUTPUT / "table.txt", *pictures]
-    print("written: " + " ".join(os.path.relpath(p) for p in shown_files))
+    names(*written, OUTPUT / "table.txt", RESULTS, *pictures)
+
+
+def names(*paths: Path) -> None:
+    print("written: " + " ".join(os.path.relpath(p) for p in paths))
 
 
 def writable(folder: Path) -> None:
@@ -361,7 +368,7 @@ def bench(args: argparse.Namespace) -> int:
     found = records.read(map(Path, args.tuned)) if args.tuned else None
     lengths = numbers("--tokens", args.tokens) if args.tokens else list(LENGTHS)
     recipes = shipped(contracts, args.backend) if found is None else tuned_recipes(contracts, args.backend, found, {})
-    recipes += baselines(contracts, args.backend)
+    recipes += baselines(recipes, args.backend)
     writable(OUTPUT)
     with Progress() as progress:
         progress.step("compiling")
@@ -410,5 +417,5 @@ def draw_report(args: argparse.Namespace) -> int:
         raise UsageError(f"{shown(str(RESULTS))}: no measurements yet: run ./nearfar tune or ./nearfar bench") from None
     writable(OUTPUT)
     print(report.table(results))
-    print("written: " + " ".join(os.path.relpath(p) for p in report.draw(results, OUTPUT)))
+    names(*report.draw(results, OUTPUT))
     return 0

@@ -5,16 +5,15 @@
 #include <string.h>
 
 #if defined(__GNUC__) || defined(__clang__)
-#define NF_UNUSED __attribute__((unused))
 #define NF_INLINE static inline __attribute__((always_inline, unused))
 #else
-#define NF_UNUSED
 #define NF_INLINE static inline
 #endif
 
-#define NF_MAGIC_PROJECTION 0x5046524eu /* "NRFP" */
-#define NF_MAGIC_STATE 0x5346524eu      /* "NRFS" */
-#define NF_NO_KEY (-1e30f)              /* the reference R of a feature that has seen no key */
+#define NF_MAGIC_PROJECTION 0x5046524eu    /* "NRFP" */
+#define NF_MAGIC_STATE 0x5346524eu         /* "NRFS" */
+#define NF_INPUT_LIMIT 1125899906842624.0f /* 2^50: larger inputs (in log2 units) are cut off there */
+#define NF_NO_KEY (-1e30f)                 /* the reference R of a feature that has seen no key */
 
 /* What the common code must know of a contract. */
 typedef struct nf_contract {
@@ -30,8 +29,8 @@ typedef struct nf_contract {
 
 /* One unit of work: the queries of one group of heads against their kv head, all strides resolved. */
 typedef struct nf_unit {
-    const char *q, *k, *v;
-    char *out;
+    const void *q, *k, *v;
+    void *out;
     float *lse;
     int64_t q_tokens, kv_tokens;
     int64_t q_stride, k_stride, v_stride, out_stride; /* elements from token to token */
@@ -136,50 +135,39 @@ static int nf_overlap(const void *a, size_t na, const void *b, size_t nb)
     return a && b && na && nb && (x < y ? y - x < na : x - y < nb);
 }
 
-/* Fill in dense strides and return the tensor's extent in bytes, or 0 with *status set. An empty tensor has extent 0.
- */
-static size_t nf_extent(const nf_contract *c, int64_t batch, int64_t tokens, int64_t heads, int64_t stride[3],
-                        int writable, nf_status *status)
+/* Fill in a tensor's dense strides, and its extent in bytes: 0 where there are no tokens. */
+static nf_status nf_extent(const nf_contract *c, int64_t batch, int64_t tokens, int64_t heads, const void *data,
+                           int64_t *batch_stride, int64_t *token_stride, int64_t *head_stride, int writable,
+                           size_t *bytes)
 {
-    int64_t count[3] = {batch, tokens, heads}, order[3] = {0, 1, 2}, extent = c->dim, dense;
-    for (int i = 0; i < 3; i++)
-        if (stride[i] < 0 || (stride[i] > 0 && stride[i] < c->dim)) {
-            *status = NF_E_STRIDE;
-            return 0;
+    const int64_t width = nf_product(heads, c->dim);
+    int64_t count[3] = {heads, tokens, batch}, stride[3], extent = c->dim;
+    stride[0] = *head_stride ? *head_stride : c->dim;
+    stride[1] = *token_stride ? *token_stride : width;
+    stride[2] = *batch_stride ? *batch_stride : nf_product(tokens, stride[1]);
+    if (*head_stride < 0 || *token_stride < 0 || *batch_stride < 0)
+        return NF_E_STRIDE;
+    if (width < 0 || stride[2] < 0)
+        return NF_E_OVERFLOW;
+    *head_stride = stride[0], *token_stride = stride[1], *batch_stride = stride[2];
+    for (int i = 0; i < 4; i++) /* smallest stride first */
+        if (stride[i % 2] > stride[i % 2 + 1]) {
+            const int64_t s = stride[i % 2], n = count[i % 2];
+            stride[i % 2] = stride[i % 2 + 1], count[i % 2] = count[i % 2 + 1];
+            stride[i % 2 + 1] = s, count[i % 2 + 1] = n;
         }
-    if (stride[2] == 0)
-        stride[2] = c->dim;
-    dense = nf_product(heads, c->dim);
-    if (stride[1] == 0)
-        stride[1] = dense;
-    dense = dense < 0 || stride[1] < 0 ? -1 : nf_product(tokens, stride[1]);
-    if (stride[0] == 0)
-        stride[0] = dense;
-    for (int i = 0; i < 2; i++) /* three entries, sorted by stride */
-        for (int j = 0; j < 2; j++)
-            if (stride[order[j]] > stride[order[j + 1]]) {
-                const int64_t t = order[j];
-                order[j] = order[j + 1];
-                order[j + 1] = t;
-            }
-    for (int i = 0; i < 3; i++) {
-        const int64_t n = count[order[i]], s = stride[order[i]];
-        const int64_t reach = n < 1 ? 0 : nf_product(n - 1, s);
-        if (s < 0 || reach < 0) {
-            *status = NF_E_OVERFLOW;
-            return 0;
-        }
-        if (writable && n > 1 && s < extent) {
-            *status = NF_E_STRIDE;
-            return 0;
-        }
-        extent += reach; /* each reach is below 2^47 */
+    for (int i = 0; i < 3 && tokens > 0; i++) {
+        const int64_t reach = nf_product(count[i] - 1, stride[i]);
+        if (reach < 0 || nf_product(extent + reach, (int64_t)c->element) < 0)
+            return NF_E_OVERFLOW;
+        if (stride[i] < c->dim || (writable && count[i] > 1 && stride[i] < extent))
+            return NF_E_STRIDE;
+        extent += reach;
     }
-    if (nf_product(extent, (int64_t)c->element) < 0) {
-        *status = NF_E_OVERFLOW;
-        return 0;
-    }
-    return tokens > 0 ? (size_t)extent * c->element : 0;
+    *bytes = tokens > 0 ? (size_t)extent * c->element : 0;
+    if (*bytes && !data)
+        return NF_E_NULL;
+    return *bytes && !nf_aligned(data, c->element) ? NF_E_ALIGN : NF_OK;
 }
 
 /* The hash that ties a state to the features and the scale it was made with. */
@@ -299,8 +287,7 @@ static nf_status nf_check(const nf_contract *c, const nf_args *args, void *works
 {
     nf_status status = nf_check_shape(c, args, p);
     nf_args *a = &p->args;
-    int64_t lse_rows;
-    size_t lse_bytes, projection_bytes, size[4];
+    size_t q, k, v, out;
     if (status != NF_OK)
         return status;
     if (decode && a->mask != NF_CAUSAL)
@@ -309,56 +296,40 @@ static nf_status nf_check(const nf_contract *c, const nf_args *args, void *works
         return NF_E_TOKENS;
     if (decode && c->features && !a->state)
         return NF_E_NULL;
-    {
-        int64_t s[4][3] = {{a->q.batch_stride, a->q.token_stride, a->q.head_stride},
-                           {a->k.batch_stride, a->k.token_stride, a->k.head_stride},
-                           {a->v.batch_stride, a->v.token_stride, a->v.head_stride},
-                           {a->out.batch_stride, a->out.token_stride, a->out.head_stride}};
-        const void *data[4] = {a->q.data, a->k.data, a->v.data, a->out.data};
-        for (int i = 0; i < 4; i++) {
-            const int of_keys = i == 1 || i == 2;
-            size[i] = nf_extent(c, a->batch, of_keys ? a->kv_tokens : a->q_tokens, of_keys ? a->kv_heads : a->heads,
-                                s[i], i == 3, &status);
-            if (status != NF_OK)
-                return status;
-            if (size[i] && !data[i])
-                return NF_E_NULL;
-            if (size[i] && !nf_aligned(data[i], c->element))
-                return NF_E_ALIGN;
-        }
-        a->q.batch_stride = s[0][0], a->q.token_stride = s[0][1], a->q.head_stride = s[0][2];
-        a->k.batch_stride = s[1][0], a->k.token_stride = s[1][1], a->k.head_stride = s[1][2];
-        a->v.batch_stride = s[2][0], a->v.token_stride = s[2][1], a->v.head_stride = s[2][2];
-        a->out.batch_stride = s[3][0], a->out.token_stride = s[3][1], a->out.head_stride = s[3][2];
-        if ((status = nf_check_projection(p)) != NF_OK || (status = nf_check_state(p)) != NF_OK)
-            return status;
-        if (!workspace)
-            return NF_E_NULL;
-        if (!nf_aligned(workspace, NF_ALIGN) || (a->lse && !nf_aligned(a->lse, sizeof(float))))
-            return NF_E_ALIGN;
-        if (bytes < c->workspace)
-            return NF_E_WORKSPACE;
-        lse_rows = nf_product(nf_product(a->batch, a->heads), a->q_tokens);
-        lse_bytes = a->lse ? (size_t)lse_rows * sizeof(float) : 0;
-        projection_bytes = c->projection + (size_t)(a->projection_stride ? a->kv_heads - 1 : 0) * a->projection_stride;
-        {
-            /* What may be written (the first four) meets neither itself nor what is read. */
-            const void *at[9] = {a->out.data, a->lse,    workspace,     a->state,    a->q.data,
-                                 a->k.data,   a->v.data, a->projection, a->cu_tokens};
-            const size_t extent[9] = {size[3],
-                                      lse_bytes,
-                                      c->workspace,
-                                      a->state ? p->state_bytes : 0,
-                                      size[0],
-                                      size[1],
-                                      size[2],
-                                      c->features ? projection_bytes : 0,
-                                      a->cu_tokens ? ((size_t)a->sequences + 1) * sizeof(int32_t) : 0};
-            for (int i = 0; i < 4; i++)
-                for (int j = i + 1; j < 9; j++)
-                    if (nf_overlap(at[i], extent[i], at[j], extent[j]))
-                        return NF_E_OVERLAP;
-        }
+    if ((status = nf_extent(c, a->batch, a->q_tokens, a->heads, a->q.data, &a->q.batch_stride, &a->q.token_stride,
+                            &a->q.head_stride, 0, &q)) != NF_OK ||
+        (status = nf_extent(c, a->batch, a->kv_tokens, a->kv_heads, a->k.data, &a->k.batch_stride, &a->k.token_stride,
+                            &a->k.head_stride, 0, &k)) != NF_OK ||
+        (status = nf_extent(c, a->batch, a->kv_tokens, a->kv_heads, a->v.data, &a->v.batch_stride, &a->v.token_stride,
+                            &a->v.head_stride, 0, &v)) != NF_OK ||
+        (status = nf_extent(c, a->batch, a->q_tokens, a->heads, a->out.data, &a->out.batch_stride, &a->out.token_stride,
+                            &a->out.head_stride, 1, &out)) != NF_OK ||
+        (status = nf_check_projection(p)) != NF_OK || (status = nf_check_state(p)) != NF_OK)
+        return status;
+    if (!workspace)
+        return NF_E_NULL;
+    if (!nf_aligned(workspace, NF_ALIGN) || (a->lse && !nf_aligned(a->lse, sizeof(float))))
+        return NF_E_ALIGN;
+    if (bytes < c->workspace)
+        return NF_E_WORKSPACE;
+    { /* What may be written, the first four, meets neither itself nor what is read. */
+        const size_t lse = (size_t)a->batch * (size_t)a->heads * (size_t)a->q_tokens * sizeof(float);
+        const size_t projections = a->projection_stride ? (size_t)(a->kv_heads - 1) * a->projection_stride : 0;
+        const void *at[9] = {a->out.data, a->lse,    workspace,     a->state,    a->q.data,
+                             a->k.data,   a->v.data, a->projection, a->cu_tokens};
+        const size_t extent[9] = {out,
+                                  lse,
+                                  c->workspace,
+                                  p->state_bytes,
+                                  q,
+                                  k,
+                                  v,
+                                  c->projection + projections,
+                                  ((size_t)a->sequences + 1) * sizeof(int32_t)};
+        for (int i = 0; i < 4; i++)
+            for (int j = i + 1; j < 9; j++)
+                if (nf_overlap(at[i], extent[i], at[j], extent[j]))
+                    return NF_E_OVERLAP;
     }
     return NF_OK;
 }

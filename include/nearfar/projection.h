@@ -1,9 +1,10 @@
-/* ---- projections: sampled, given or fitted to a head -----------------------------------------------------------------
+/* ---- projections: sampled, given or fitted to a head
+ * -----------------------------------------------------------------
  *
- * A projection is a matrix w [rows][D] in natural units, kept twice (rows and columns), and the head's calibration: with
- * x' = sqrt(scale) x the features are exp(+-w x^ - |x^|^2 / 2) of q^ = q_factor (q' - q_mean') and k^ = k_factor (k' -
- * k_mean'). What softmax(q k) has beyond softmax(q^ k^) is a weight of the key alone, exp(q_mean' (k' - k_mean')), and of
- * the query alone, which only lse sees.
+ * A projection is a matrix w [rows][D] in natural units, kept twice (rows and columns), and the head's calibration:
+ * with x' = sqrt(scale) x the features are exp(+-w x^ - |x^|^2 / 2) of q^ = q_factor (q' - q_mean') and k^ = k_factor
+ * (k' - k_mean'). What softmax(q k) has beyond softmax(q^ k^) is a weight of the key alone, exp(q_mean' (k' -
+ * k_mean')), and of the query alone, which only lse sees.
  */
 #ifndef NF_PROJECTION_READY
 #define NF_PROJECTION_READY
@@ -93,31 +94,33 @@ static void nf_sample(const nf_projection_shape *shape, uint64_t seed, float *w)
     }
 }
 
+static nf_status nf_check_sample(const float *x, int64_t tokens, int64_t stride, int64_t dim)
+{
+    const int64_t step = stride ? stride : dim;
+    if (!x)
+        return NF_E_NULL;
+    if (!nf_aligned(x, sizeof(float)))
+        return NF_E_ALIGN;
+    if (tokens < 1)
+        return NF_E_SIZE;
+    if (step < dim)
+        return NF_E_STRIDE;
+    if (nf_product(tokens, step) < 0)
+        return NF_E_OVERFLOW;
+    for (int64_t i = 0; i < tokens * dim; i++)
+        if (!nf_finite(x[i / dim * step + i % dim]))
+            return NF_E_VALUE;
+    return NF_OK;
+}
+
 static nf_status nf_check_calibration(const nf_projection_shape *shape, const nf_calibration *c)
 {
-    const int64_t dim = shape->dim;
-    if (!c->q || !c->k)
-        return NF_E_NULL;
-    if (!nf_aligned(c->q, sizeof(float)) || !nf_aligned(c->k, sizeof(float)))
-        return NF_E_ALIGN;
-    if (c->q_tokens < 1 || c->k_tokens < 1)
-        return NF_E_SIZE;
-    if (c->q_stride < 0 || c->k_stride < 0 || (c->q_stride && c->q_stride < dim) || (c->k_stride && c->k_stride < dim))
-        return NF_E_STRIDE;
-    if (nf_product(c->q_tokens, c->q_stride ? c->q_stride : dim) < 0 ||
-        nf_product(c->k_tokens, c->k_stride ? c->k_stride : dim) < 0)
-        return NF_E_OVERFLOW;
-    if (!nf_finite(c->tau) || c->tau < 0 || c->tau > 1 || (c->flags & ~(NF_KEEP_MEAN | NF_KEEP_CHANNELS)))
-        return NF_E_VALUE;
-    for (int64_t t = 0; t < c->q_tokens; t++)
-        for (int64_t d = 0; d < dim; d++)
-            if (!nf_finite(c->q[t * (c->q_stride ? c->q_stride : dim) + d]))
-                return NF_E_VALUE;
-    for (int64_t t = 0; t < c->k_tokens; t++)
-        for (int64_t d = 0; d < dim; d++)
-            if (!nf_finite(c->k[t * (c->k_stride ? c->k_stride : dim) + d]))
-                return NF_E_VALUE;
-    return NF_OK;
+    nf_status status = nf_check_sample(c->q, c->q_tokens, c->q_stride, shape->dim);
+    if (status == NF_OK)
+        status = nf_check_sample(c->k, c->k_tokens, c->k_stride, shape->dim);
+    if (status == NF_OK && (!nf_finite(c->tau) || c->tau < 0 || c->tau > 1 || c->flags > 3))
+        status = NF_E_VALUE;
+    return status;
 }
 
 /* Mean and mean square deviation from it of channel d; with keep_mean the mean counts as 0. */
@@ -135,7 +138,8 @@ static void nf_moments(const float *x, int64_t tokens, int64_t stride, int64_t d
 }
 
 /* Fill fit [NF_FIT_ROWS][dim] from a sample (NULL: nothing to fit); returns the mean logit q_mean k_mean.
- * Centring and tempering: this project; channel balance psi = (E k^2 / E q^2)^(1/4): SADERF, Likhosherstov et al. 2023. */
+ * Centring and tempering: this project; channel balance psi = (E k^2 / E q^2)^(1/4): SADERF, Likhosherstov et al. 2023.
+ */
 static float nf_calibrate(const nf_projection_shape *shape, const nf_calibration *c, float *fit)
 {
     const int dim = shape->dim;
@@ -161,21 +165,6 @@ static float nf_calibrate(const nf_projection_shape *shape, const nf_calibration
         constant += q_mean * k_mean;
     }
     return (float)constant;
-}
-
-/* The head's fit at a scale, in log2 units: x = (token - mean) * factor; the token's norm sum_d x (curve x + slope). */
-static void nf_fit(const float *fit, int dim, float scale, float *q, float *k, float *curve)
-{
-    const float root = (float)nf_sqrt((double)scale), unit = root * 1.44269504f;
-    for (int d = 0; d < dim; d++) {
-        q[d] = fit[NF_Q_MEAN * dim + d];
-        k[d] = fit[NF_K_MEAN * dim + d];
-        q[dim + d] = fit[NF_Q_FACTOR * dim + d] * unit;
-        k[dim + d] = fit[NF_K_FACTOR * dim + d] * unit;
-        q[2 * dim + d] = fit[NF_Q_SLOPE * dim + d] * root;
-        k[2 * dim + d] = fit[NF_K_SLOPE * dim + d] * root;
-        curve[d] = 0.34657359f * (1.0f - scale * fit[NF_Q_CURVE * dim + d]);
-    }
 }
 
 /* Everything of a projection that follows from w and the calibration. */
@@ -216,42 +205,72 @@ static float nf_exponent(float x, float limit)
     return x > limit && nf_finite(x) ? (float)((int32_t)(bits >> 23) - 127) : 0.0f;
 }
 
-#define NF_KEY_LIMIT 1152921504606846976.0f /* 2^60: a key feature beyond it, relative to its reference, ends the chunk */
-#define NF_REFERENCE_LAG 8.0f   /* how far a reference stays below the key it rises to: the next records change nothing */
-#define NF_SUM_LIMIT 65536.0f               /* a feature's sum beyond it raises the reference */
+#define NF_KEY_LIMIT \
+    1152921504606846976.0f /* 2^60: a key feature beyond it, relative to its reference, ends the chunk */
+#define NF_REFERENCE_LAG \
+    8.0f                      /* how far a reference stays below the key it rises to: the next records change nothing \
+                               */
+#define NF_SUM_LIMIT 65536.0f /* a feature's sum beyond it raises the reference */
 
-/* A state's R, z, S [m][dim] into the workspace, S in panels of `panel` columns of the padded width (see the space). */
-static void nf_state_load(const nf_state_unit *state, int m, int dim, int width, int panel, float *r, float *z, float *s)
+/* Bring z and S (laid out as nf_state_load says) from the references r to those in `to`. Whole numbers: the factors are
+ * powers of two, exact. */
+static void nf_rescale(float *r, float *z, float *s, int m, int width, int panel, const float *to)
+{
+    for (int i = 0; i < m; i++) {
+        const float factor = nf_power_of_two(r[i] - to[i]);
+        if (to[i] > r[i]) {
+            z[i] *= factor;
+            for (int v0 = 0; v0 < width; v0 += panel)
+                for (int d = 0; d < panel; d++)
+                    s[v0 * m + i * panel + d] *= factor;
+        }
+        r[i] = to[i];
+    }
+}
+
+/* Where a chunk of n keys (features key[i * stride + r] relative to the references) must end: before the first key
+ * whose features leave the range. Then `fresh`, the sums over the keys, is made anew. Rows before the cut end up with
+ * the same bits as if the keys behind it were not there. */
+static int nf_cut(const float *key, int stride, int m, int n, float *fresh)
+{
+    int cut = n;
+    if (nf_beyond(key[0], NF_KEY_LIMIT))
+        return n; /* NaN from the first key on: nothing to save */
+    for (int i = n - 1; i > 0; i--)
+        for (int r = 0; r < m; r++)
+            if (nf_beyond(key[i * stride + r], NF_KEY_LIMIT))
+                cut = i;
+    for (int r = 0; r < m && cut < n; r++) {
+        fresh[r] = 0;
+        for (int i = 0; i < cut; i++)
+            fresh[r] += key[i * stride + r];
+    }
+    return cut;
+}
+
+/* A state's R, z, S [m][dim] into the workspace or back, there S in panels of `panel` dims, each [m][panel]. */
+static void nf_state_copy(nf_state_unit *state, int m, int dim, int panel, float *r, float *z, float *s, int store)
+{
+    float *at = (float *)(void *)(state + 1);
+    const size_t sums = (size_t)m * sizeof(float);
+    memcpy(store ? at : r, store ? r : at, sums);
+    memcpy(store ? at + m : z, store ? z : at + m, sums);
+    for (int v0 = 0; v0 < dim; v0 += panel) {
+        const size_t used = (size_t)(dim - v0 < panel ? dim - v0 : panel) * sizeof(float);
+        for (int i = 0; i < m; i++) {
+            float *here = s + v0 * m + i * panel, *there = at + 2 * m + i * dim + v0;
+            memcpy(store ? there : here, store ? here : there, used);
+        }
+    }
+}
+
+/* The same from no state at all, or from one that has seen nothing. */
+static void nf_state_empty(int m, int width, float *r, float *z, float *s)
 {
     memset(z, 0, (size_t)m * sizeof(float));
     memset(s, 0, (size_t)m * (size_t)width * sizeof(float));
     for (int i = 0; i < m; i++)
         r[i] = NF_NO_KEY;
-    if (state && state->tokens) {
-        const float *from = (const float *)(const void *)(state + 1);
-        memcpy(r, from, (size_t)m * sizeof(float));
-        memcpy(z, from + m, (size_t)m * sizeof(float));
-        for (int v0 = 0; v0 < dim; v0 += panel) {
-            const int columns = width - v0 < panel ? width - v0 : panel, used = dim - v0 < columns ? dim - v0 : columns;
-            for (int i = 0; i < m; i++)
-                memcpy(s + v0 * m + i * columns, from + 2 * m + i * dim + v0, (size_t)used * sizeof(float));
-        }
-    }
-}
-
-static void nf_state_store(nf_state_unit *state, int m, int dim, int width, int panel, const float *r, const float *z,
-                           const float *s)
-{
-    float *to = (float *)(void *)(state + 1);
-    if (!state)
-        return;
-    memcpy(to, r, (size_t)m * sizeof(float));
-    memcpy(to + m, z, (size_t)m * sizeof(float));
-    for (int v0 = 0; v0 < dim; v0 += panel) {
-        const int columns = width - v0 < panel ? width - v0 : panel, used = dim - v0 < columns ? dim - v0 : columns;
-        for (int i = 0; i < m; i++)
-            memcpy(to + 2 * m + i * dim + v0, s + v0 * m + i * columns, (size_t)used * sizeof(float));
-    }
 }
 
 /* dst = a + b of one unit, feature by feature on the larger of both references; dst may be a or b. */

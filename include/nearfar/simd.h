@@ -24,6 +24,22 @@
 #define NF_PREFETCH(p) ((void)(p))
 #endif
 
+/* The operations that compilers do on vectors of their own accord. */
+#define NF_NOTHING
+#define NF_ARITHMETIC(attributes, type, add, sub, mul) \
+    NF_INLINE attributes type add(type a, type b) \
+    { \
+        return a + b; \
+    } \
+    NF_INLINE attributes type sub(type a, type b) \
+    { \
+        return a - b; \
+    } \
+    NF_INLINE attributes type mul(type a, type b) \
+    { \
+        return a * b; \
+    }
+
 /* 2^f on [-1/2, 1/2] by a polynomial with c0 = 1: relative error 0.9 ulp, exact at 0. */
 #define NF_EXP2_C1 6.931471825e-1f
 #define NF_EXP2_C2 2.402264774e-1f
@@ -42,6 +58,9 @@
 
 #define NF_AVX512 __attribute__((target("avx512f,avx512dq")))
 #define NF_AVX512_LANES 16
+/* Masks that mask nothing: g++ 12 warns about the intrinsics without masks (GCC bug 105593). */
+#define NF_ALL16 ((__mmask16)0xffff)
+#define NF_ALL8 ((__mmask8)0xff)
 typedef __m512 nf_avx512_t;
 
 NF_INLINE NF_AVX512 nf_avx512_t nf_avx512_load(const float *p)
@@ -70,20 +89,7 @@ NF_INLINE NF_AVX512 nf_avx512_t nf_avx512_set(float x)
     return _mm512_set1_ps(x);
 }
 
-NF_INLINE NF_AVX512 nf_avx512_t nf_avx512_add(nf_avx512_t a, nf_avx512_t b)
-{
-    return a + b;
-}
-
-NF_INLINE NF_AVX512 nf_avx512_t nf_avx512_sub(nf_avx512_t a, nf_avx512_t b)
-{
-    return a - b;
-}
-
-NF_INLINE NF_AVX512 nf_avx512_t nf_avx512_mul(nf_avx512_t a, nf_avx512_t b)
-{
-    return a * b;
-}
+NF_ARITHMETIC(NF_AVX512, nf_avx512_t, nf_avx512_add, nf_avx512_sub, nf_avx512_mul)
 
 NF_INLINE NF_AVX512 nf_avx512_t nf_avx512_fma(nf_avx512_t a, nf_avx512_t b, nf_avx512_t c)
 {
@@ -92,24 +98,29 @@ NF_INLINE NF_AVX512 nf_avx512_t nf_avx512_fma(nf_avx512_t a, nf_avx512_t b, nf_a
 
 NF_INLINE NF_AVX512 nf_avx512_t nf_avx512_max(nf_avx512_t a, nf_avx512_t b)
 {
-    return _mm512_max_ps(a, b);
+    return _mm512_maskz_max_ps(NF_ALL16, a, b);
 }
 
 NF_INLINE NF_AVX512 nf_avx512_t nf_avx512_min(nf_avx512_t a, nf_avx512_t b)
 {
-    return _mm512_min_ps(a, b);
+    return _mm512_maskz_min_ps(NF_ALL16, a, b);
 }
 
 NF_INLINE NF_AVX512 float nf_avx512_sum(nf_avx512_t x)
 {
-    return _mm512_reduce_add_ps(x);
+    const __m256 high = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 1));
+    const __m256 low = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 0));
+    const __m256 half = low + high;
+    __m128 s = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+    s = s + _mm_movehl_ps(s, s);
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
 /* x = floor(x) + f: the hardware splits and scales, so 2^f is a polynomial on [0, 1) (1.1 ulp, exact at 0). */
 NF_INLINE NF_AVX512 nf_avx512_t nf_avx512_exp2(nf_avx512_t x)
 {
-    const nf_avx512_t y = _mm512_max_ps(_mm512_set1_ps(NF_EXP2_LOWEST), x);
-    const nf_avx512_t f = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    const nf_avx512_t y = _mm512_maskz_max_ps(NF_ALL16, _mm512_set1_ps(NF_EXP2_LOWEST), x);
+    const nf_avx512_t f = _mm512_maskz_reduce_ps(NF_ALL16, y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     nf_avx512_t p = _mm512_set1_ps(2.1612914861e-4f);
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.2467856286e-3f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6754487604e-3f));
@@ -117,7 +128,7 @@ NF_INLINE NF_AVX512 nf_avx512_t nf_avx512_exp2(nf_avx512_t x)
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022930861e-1f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314706326e-1f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, y);
+    return _mm512_maskz_scalef_ps(NF_ALL16, p, y);
 }
 
 /* A block of tokens: dst[d][t] = src[t][d] for t, d below 16, of which the first `dims` d are read and written. */
@@ -129,26 +140,26 @@ NF_INLINE NF_AVX512 void nf_avx512_transpose(float *dst, int dst_stride, const f
         a[i] = nf_avx512_load_part(src + i * src_stride, dims);
     NF_UNROLL
     for (int i = 0; i < 16; i += 4) { /* 4 x 4 within every 128 bits */
-        const __m512d x = _mm512_castps_pd(_mm512_unpacklo_ps(a[i], a[i + 1]));
-        const __m512d y = _mm512_castps_pd(_mm512_unpackhi_ps(a[i], a[i + 1]));
-        const __m512d z = _mm512_castps_pd(_mm512_unpacklo_ps(a[i + 2], a[i + 3]));
-        const __m512d w = _mm512_castps_pd(_mm512_unpackhi_ps(a[i + 2], a[i + 3]));
-        b[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, z));
-        b[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, z));
-        b[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(y, w));
-        b[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(y, w));
+        const __m512d x = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(NF_ALL16, a[i], a[i + 1]));
+        const __m512d y = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(NF_ALL16, a[i], a[i + 1]));
+        const __m512d z = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(NF_ALL16, a[i + 2], a[i + 3]));
+        const __m512d w = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(NF_ALL16, a[i + 2], a[i + 3]));
+        b[i] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd(NF_ALL8, x, z));
+        b[i + 1] = _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(NF_ALL8, x, z));
+        b[i + 2] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd(NF_ALL8, y, w));
+        b[i + 3] = _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(NF_ALL8, y, w));
     }
     NF_UNROLL
     for (int i = 0; i < 4;
          i++) { /* then the 128-bit quarters: b[i], b[i + 4], b[i + 8], b[i + 12] hold d = i, i + 4, ... */
-        const nf_avx512_t x = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x44);
-        const nf_avx512_t y = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xee);
-        const nf_avx512_t z = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x44);
-        const nf_avx512_t w = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xee);
-        a[i] = _mm512_shuffle_f32x4(x, z, 0x88);
-        a[i + 4] = _mm512_shuffle_f32x4(x, z, 0xdd);
-        a[i + 8] = _mm512_shuffle_f32x4(y, w, 0x88);
-        a[i + 12] = _mm512_shuffle_f32x4(y, w, 0xdd);
+        const nf_avx512_t x = _mm512_maskz_shuffle_f32x4(NF_ALL16, b[i], b[i + 4], 0x44);
+        const nf_avx512_t y = _mm512_maskz_shuffle_f32x4(NF_ALL16, b[i], b[i + 4], 0xee);
+        const nf_avx512_t z = _mm512_maskz_shuffle_f32x4(NF_ALL16, b[i + 8], b[i + 12], 0x44);
+        const nf_avx512_t w = _mm512_maskz_shuffle_f32x4(NF_ALL16, b[i + 8], b[i + 12], 0xee);
+        a[i] = _mm512_maskz_shuffle_f32x4(NF_ALL16, x, z, 0x88);
+        a[i + 4] = _mm512_maskz_shuffle_f32x4(NF_ALL16, x, z, 0xdd);
+        a[i + 8] = _mm512_maskz_shuffle_f32x4(NF_ALL16, y, w, 0x88);
+        a[i + 12] = _mm512_maskz_shuffle_f32x4(NF_ALL16, y, w, 0xdd);
     }
     NF_UNROLL
     for (int i = 0; i < 16; i++)
@@ -170,7 +181,7 @@ NF_INLINE NF_AVX512 int nf_avx512_above(nf_avx512_t x, float limit)
 
 NF_INLINE NF_AVX512 nf_avx512_t nf_avx512_floor(nf_avx512_t x)
 {
-    return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    return _mm512_maskz_roundscale_ps(NF_ALL16, x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 }
 
 #define NF_AVX2 __attribute__((target("avx2,fma")))
@@ -207,20 +218,7 @@ NF_INLINE NF_AVX2 nf_avx2_t nf_avx2_set(float x)
     return _mm256_set1_ps(x);
 }
 
-NF_INLINE NF_AVX2 nf_avx2_t nf_avx2_add(nf_avx2_t a, nf_avx2_t b)
-{
-    return a + b;
-}
-
-NF_INLINE NF_AVX2 nf_avx2_t nf_avx2_sub(nf_avx2_t a, nf_avx2_t b)
-{
-    return a - b;
-}
-
-NF_INLINE NF_AVX2 nf_avx2_t nf_avx2_mul(nf_avx2_t a, nf_avx2_t b)
-{
-    return a * b;
-}
+NF_ARITHMETIC(NF_AVX2, nf_avx2_t, nf_avx2_add, nf_avx2_sub, nf_avx2_mul)
 
 NF_INLINE NF_AVX2 nf_avx2_t nf_avx2_fma(nf_avx2_t a, nf_avx2_t b, nf_avx2_t c)
 {
@@ -301,119 +299,6 @@ NF_INLINE NF_AVX2 nf_avx2_t nf_avx2_floor(nf_avx2_t x)
 }
 #endif
 
-#if defined(__GNUC__) && defined(__aarch64__)
-#include <arm_neon.h>
-
-#define NF_NEON
-#define NF_NEON_LANES 4
-typedef float32x4_t nf_neon_t;
-
-NF_INLINE nf_neon_t nf_neon_load(const float *p)
-{
-    return vld1q_f32(p);
-}
-
-NF_INLINE void nf_neon_store(float *p, nf_neon_t x)
-{
-    vst1q_f32(p, x);
-}
-
-/* Rows end between vectors of four lanes: a part is a whole. */
-NF_INLINE nf_neon_t nf_neon_load_part(const float *p, int n)
-{
-    (void)n;
-    return nf_neon_load(p);
-}
-
-NF_INLINE void nf_neon_store_part(float *p, nf_neon_t x, int n)
-{
-    (void)n;
-    nf_neon_store(p, x);
-}
-
-NF_INLINE nf_neon_t nf_neon_set(float x)
-{
-    return vdupq_n_f32(x);
-}
-
-NF_INLINE nf_neon_t nf_neon_add(nf_neon_t a, nf_neon_t b)
-{
-    return a + b;
-}
-
-NF_INLINE nf_neon_t nf_neon_sub(nf_neon_t a, nf_neon_t b)
-{
-    return a - b;
-}
-
-NF_INLINE nf_neon_t nf_neon_mul(nf_neon_t a, nf_neon_t b)
-{
-    return a * b;
-}
-
-NF_INLINE nf_neon_t nf_neon_fma(nf_neon_t a, nf_neon_t b, nf_neon_t c)
-{
-    return vfmaq_f32(c, a, b);
-}
-
-NF_INLINE nf_neon_t nf_neon_max(nf_neon_t a, nf_neon_t b)
-{
-    return vmaxq_f32(a, b);
-}
-
-NF_INLINE nf_neon_t nf_neon_min(nf_neon_t a, nf_neon_t b)
-{
-    return vminq_f32(a, b);
-}
-
-NF_INLINE float nf_neon_sum(nf_neon_t x)
-{
-    return vaddvq_f32(x);
-}
-
-NF_INLINE nf_neon_t nf_neon_exp2(nf_neon_t x)
-{
-    const nf_neon_t y = vmaxq_f32(vdupq_n_f32(NF_EXP2_LOWEST), vminq_f32(vdupq_n_f32(NF_EXP2_HIGHEST), x));
-    const int32x4_t n = vcvtnq_s32_f32(y);
-    const nf_neon_t f = vsubq_f32(y, vcvtq_f32_s32(n));
-    nf_neon_t p = vdupq_n_f32(NF_EXP2_C6);
-    p = vfmaq_f32(vdupq_n_f32(NF_EXP2_C5), p, f);
-    p = vfmaq_f32(vdupq_n_f32(NF_EXP2_C4), p, f);
-    p = vfmaq_f32(vdupq_n_f32(NF_EXP2_C3), p, f);
-    p = vfmaq_f32(vdupq_n_f32(NF_EXP2_C2), p, f);
-    p = vfmaq_f32(vdupq_n_f32(NF_EXP2_C1), p, f);
-    p = vfmaq_f32(vdupq_n_f32(1.0f), p, f);
-    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), vshlq_n_s32(n, 23)));
-}
-
-NF_INLINE void nf_neon_transpose(float *dst, int dst_stride, const float *src, int src_stride, int dims)
-{
-    const float32x4x2_t x = vtrnq_f32(nf_neon_load(src), nf_neon_load(src + src_stride));
-    const float32x4x2_t y = vtrnq_f32(nf_neon_load(src + 2 * src_stride), nf_neon_load(src + 3 * src_stride));
-    (void)dims;
-    nf_neon_store(dst, vcombine_f32(vget_low_f32(x.val[0]), vget_low_f32(y.val[0])));
-    nf_neon_store(dst + dst_stride, vcombine_f32(vget_low_f32(x.val[1]), vget_low_f32(y.val[1])));
-    nf_neon_store(dst + 2 * dst_stride, vcombine_f32(vget_high_f32(x.val[0]), vget_high_f32(y.val[0])));
-    nf_neon_store(dst + 3 * dst_stride, vcombine_f32(vget_high_f32(x.val[1]), vget_high_f32(y.val[1])));
-}
-
-NF_INLINE nf_neon_t nf_neon_from(nf_neon_t other, nf_neon_t x, int n)
-{
-    const int32_t lanes[4] = {0, 1, 2, 3};
-    return vbslq_f32(vcgeq_s32(vld1q_s32(lanes), vdupq_n_s32(n)), x, other);
-}
-
-NF_INLINE int nf_neon_above(nf_neon_t x, float limit)
-{
-    return vminvq_u32(vcleq_f32(x, vdupq_n_f32(limit))) == 0;
-}
-
-NF_INLINE nf_neon_t nf_neon_floor(nf_neon_t x)
-{
-    return vrndmq_f32(x);
-}
-#endif
-
 /* x > limit >= 0, or x is NaN; told from the bits, so that no compiler flag changes the answer. */
 NF_INLINE int nf_beyond(float x, float limit)
 {
@@ -423,144 +308,216 @@ NF_INLINE int nf_beyond(float x, float limit)
     return (a & 0x7fffffffu) > 0x7f800000u || (!(a >> 31) && a > b);
 }
 
-/* Portable C, four lanes: GCC's vector extension, or loops that a compiler may turn into vectors. */
-#define NF_C
-#define NF_C_LANES 4
+/* Four lanes anywhere: NEON, GCC's vector extension, or loops that a compiler may turn into vectors. */
+#define NF_V4
+#define NF_V4_LANES 4
+#if defined(__GNUC__) && defined(__aarch64__)
+#define NF_NEON
+#include <arm_neon.h>
+
+typedef float32x4_t nf_v4_t;
+
+NF_INLINE nf_v4_t nf_v4_load(const float *p)
+{
+    return vld1q_f32(p);
+}
+
+NF_INLINE void nf_v4_store(float *p, nf_v4_t x)
+{
+    vst1q_f32(p, x);
+}
+
+NF_INLINE nf_v4_t nf_v4_set(float x)
+{
+    return vdupq_n_f32(x);
+}
+
+NF_ARITHMETIC(NF_NOTHING, nf_v4_t, nf_v4_add, nf_v4_sub, nf_v4_mul)
+
+NF_INLINE nf_v4_t nf_v4_fma(nf_v4_t a, nf_v4_t b, nf_v4_t c)
+{
+    return vfmaq_f32(c, a, b);
+}
+
+NF_INLINE nf_v4_t nf_v4_max(nf_v4_t a, nf_v4_t b)
+{
+    return vmaxq_f32(a, b);
+}
+
+NF_INLINE nf_v4_t nf_v4_min(nf_v4_t a, nf_v4_t b)
+{
+    return vminq_f32(a, b);
+}
+
+NF_INLINE float nf_v4_sum(nf_v4_t x)
+{
+    return vaddvq_f32(x);
+}
+
+NF_INLINE nf_v4_t nf_v4_exp2(nf_v4_t x)
+{
+    const nf_v4_t y = vmaxq_f32(vdupq_n_f32(NF_EXP2_LOWEST), vminq_f32(vdupq_n_f32(NF_EXP2_HIGHEST), x));
+    const int32x4_t n = vcvtnq_s32_f32(y);
+    const nf_v4_t f = vsubq_f32(y, vcvtq_f32_s32(n));
+    nf_v4_t p = vdupq_n_f32(NF_EXP2_C6);
+    p = vfmaq_f32(vdupq_n_f32(NF_EXP2_C5), p, f);
+    p = vfmaq_f32(vdupq_n_f32(NF_EXP2_C4), p, f);
+    p = vfmaq_f32(vdupq_n_f32(NF_EXP2_C3), p, f);
+    p = vfmaq_f32(vdupq_n_f32(NF_EXP2_C2), p, f);
+    p = vfmaq_f32(vdupq_n_f32(NF_EXP2_C1), p, f);
+    p = vfmaq_f32(vdupq_n_f32(1.0f), p, f);
+    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), vshlq_n_s32(n, 23)));
+}
+
+NF_INLINE void nf_v4_transpose(float *dst, int dst_stride, const float *src, int src_stride, int dims)
+{
+    const float32x4x2_t x = vtrnq_f32(nf_v4_load(src), nf_v4_load(src + src_stride));
+    const float32x4x2_t y = vtrnq_f32(nf_v4_load(src + 2 * src_stride), nf_v4_load(src + 3 * src_stride));
+    (void)dims;
+    nf_v4_store(dst, vcombine_f32(vget_low_f32(x.val[0]), vget_low_f32(y.val[0])));
+    nf_v4_store(dst + dst_stride, vcombine_f32(vget_low_f32(x.val[1]), vget_low_f32(y.val[1])));
+    nf_v4_store(dst + 2 * dst_stride, vcombine_f32(vget_high_f32(x.val[0]), vget_high_f32(y.val[0])));
+    nf_v4_store(dst + 3 * dst_stride, vcombine_f32(vget_high_f32(x.val[1]), vget_high_f32(y.val[1])));
+}
+
+NF_INLINE nf_v4_t nf_v4_from(nf_v4_t other, nf_v4_t x, int n)
+{
+    const int32_t lanes[4] = {0, 1, 2, 3};
+    return vbslq_f32(vcgeq_s32(vld1q_s32(lanes), vdupq_n_s32(n)), x, other);
+}
+
+NF_INLINE int nf_v4_above(nf_v4_t x, float limit)
+{
+    return vminvq_u32(vcleq_f32(x, vdupq_n_f32(limit))) == 0;
+}
+
+NF_INLINE nf_v4_t nf_v4_floor(nf_v4_t x)
+{
+    return vrndmq_f32(x);
+}
+#else
 #if defined(__GNUC__)
-typedef float nf_c_t __attribute__((vector_size(16)));
-typedef float nf_c_unaligned __attribute__((vector_size(16), aligned(4), may_alias));
-typedef int32_t nf_c_int __attribute__((vector_size(16)));
+typedef float nf_v4_t __attribute__((vector_size(16)));
+typedef float nf_v4_unaligned __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t nf_v4_int __attribute__((vector_size(16)));
 
-NF_INLINE nf_c_t nf_c_load(const float *p)
+NF_INLINE nf_v4_t nf_v4_load(const float *p)
 {
-    return *(const nf_c_unaligned *)(const void *)p;
+    return *(const nf_v4_unaligned *)(const void *)p;
 }
 
-NF_INLINE void nf_c_store(float *p, nf_c_t x)
+NF_INLINE void nf_v4_store(float *p, nf_v4_t x)
 {
-    *(nf_c_unaligned *)(void *)p = x;
+    *(nf_v4_unaligned *)(void *)p = x;
 }
 
-NF_INLINE nf_c_t nf_c_set(float x)
+NF_INLINE nf_v4_t nf_v4_set(float x)
 {
-    const nf_c_t y = {x, x, x, x};
+    const nf_v4_t y = {x, x, x, x};
     return y;
 }
 
-NF_INLINE nf_c_t nf_c_add(nf_c_t a, nf_c_t b)
-{
-    return a + b;
-}
-
-NF_INLINE nf_c_t nf_c_sub(nf_c_t a, nf_c_t b)
-{
-    return a - b;
-}
-
-NF_INLINE nf_c_t nf_c_mul(nf_c_t a, nf_c_t b)
-{
-    return a * b;
-}
+NF_ARITHMETIC(NF_NOTHING, nf_v4_t, nf_v4_add, nf_v4_sub, nf_v4_mul)
 
 /* where ? a : b, lane by lane; where is all ones or all zeros. */
-NF_INLINE nf_c_t nf_c_select(nf_c_int where, nf_c_t a, nf_c_t b)
+NF_INLINE nf_v4_t nf_v4_select(nf_v4_int where, nf_v4_t a, nf_v4_t b)
 {
-    return (nf_c_t)((where & (nf_c_int)a) | (~where & (nf_c_int)b));
+    return (nf_v4_t)((where & (nf_v4_int)a) | (~where & (nf_v4_int)b));
 }
 
-NF_INLINE nf_c_t nf_c_max(nf_c_t a, nf_c_t b)
+NF_INLINE nf_v4_t nf_v4_max(nf_v4_t a, nf_v4_t b)
 {
-    return nf_c_select((nf_c_int)(a > b), a, b);
+    return nf_v4_select((nf_v4_int)(a > b), a, b);
 }
 
-NF_INLINE nf_c_t nf_c_min(nf_c_t a, nf_c_t b)
+NF_INLINE nf_v4_t nf_v4_min(nf_v4_t a, nf_v4_t b)
 {
-    return nf_c_select((nf_c_int)(a < b), a, b);
+    return nf_v4_select((nf_v4_int)(a < b), a, b);
 }
 
-NF_INLINE nf_c_int nf_c_to_int(nf_c_t x)
+NF_INLINE nf_v4_int nf_v4_to_int(nf_v4_t x)
 {
-    return __builtin_convertvector(x, nf_c_int);
+    return __builtin_convertvector(x, nf_v4_int);
 }
 
-NF_INLINE nf_c_t nf_c_to_float(nf_c_int n)
+NF_INLINE nf_v4_t nf_v4_to_float(nf_v4_int n)
 {
-    return __builtin_convertvector(n, nf_c_t);
+    return __builtin_convertvector(n, nf_v4_t);
 }
 
 /* 2^(n - 127), 0 < n < 255. */
-NF_INLINE nf_c_t nf_c_exponents(nf_c_int n)
+NF_INLINE nf_v4_t nf_v4_exponents(nf_v4_int n)
 {
-    return (nf_c_t)(n * (1 << 23));
+    return (nf_v4_t)(n * (1 << 23));
 }
 #else
-typedef struct nf_c_t {
+typedef struct nf_v4_t {
     float lane[4];
-} nf_c_t;
-typedef struct nf_c_int {
+} nf_v4_t;
+typedef struct nf_v4_int {
     int32_t lane[4];
-} nf_c_int;
+} nf_v4_int;
 
-#define NF_C_LANEWISE(type, expression)                                                                                \
-    type y;                                                                                                            \
-    for (int i = 0; i < 4; i++)                                                                                        \
-        y.lane[i] = (expression);                                                                                      \
+#define NF_V4_LANEWISE(type, expression) \
+    type y; \
+    for (int i = 0; i < 4; i++) \
+        y.lane[i] = (expression); \
     return y
 
-NF_INLINE nf_c_t nf_c_load(const float *p)
+NF_INLINE nf_v4_t nf_v4_load(const float *p)
 {
-    NF_C_LANEWISE(nf_c_t, p[i]);
+    NF_V4_LANEWISE(nf_v4_t, p[i]);
 }
 
-NF_INLINE void nf_c_store(float *p, nf_c_t x)
+NF_INLINE void nf_v4_store(float *p, nf_v4_t x)
 {
     for (int i = 0; i < 4; i++)
         p[i] = x.lane[i];
 }
 
-NF_INLINE nf_c_t nf_c_set(float x)
+NF_INLINE nf_v4_t nf_v4_set(float x)
 {
-    NF_C_LANEWISE(nf_c_t, x);
+    NF_V4_LANEWISE(nf_v4_t, x);
 }
 
-NF_INLINE nf_c_t nf_c_add(nf_c_t a, nf_c_t b)
+NF_INLINE nf_v4_t nf_v4_add(nf_v4_t a, nf_v4_t b)
 {
-    NF_C_LANEWISE(nf_c_t, a.lane[i] + b.lane[i]);
+    NF_V4_LANEWISE(nf_v4_t, a.lane[i] + b.lane[i]);
 }
 
-NF_INLINE nf_c_t nf_c_sub(nf_c_t a, nf_c_t b)
+NF_INLINE nf_v4_t nf_v4_sub(nf_v4_t a, nf_v4_t b)
 {
-    NF_C_LANEWISE(nf_c_t, a.lane[i] - b.lane[i]);
+    NF_V4_LANEWISE(nf_v4_t, a.lane[i] - b.lane[i]);
 }
 
-NF_INLINE nf_c_t nf_c_mul(nf_c_t a, nf_c_t b)
+NF_INLINE nf_v4_t nf_v4_mul(nf_v4_t a, nf_v4_t b)
 {
-    NF_C_LANEWISE(nf_c_t, a.lane[i] * b.lane[i]);
+    NF_V4_LANEWISE(nf_v4_t, a.lane[i] * b.lane[i]);
 }
 
-NF_INLINE nf_c_t nf_c_max(nf_c_t a, nf_c_t b)
+NF_INLINE nf_v4_t nf_v4_max(nf_v4_t a, nf_v4_t b)
 {
-    NF_C_LANEWISE(nf_c_t, a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]);
+    NF_V4_LANEWISE(nf_v4_t, a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]);
 }
 
-NF_INLINE nf_c_t nf_c_min(nf_c_t a, nf_c_t b)
+NF_INLINE nf_v4_t nf_v4_min(nf_v4_t a, nf_v4_t b)
 {
-    NF_C_LANEWISE(nf_c_t, a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]);
+    NF_V4_LANEWISE(nf_v4_t, a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]);
 }
 
-NF_INLINE nf_c_int nf_c_to_int(nf_c_t x)
+NF_INLINE nf_v4_int nf_v4_to_int(nf_v4_t x)
 {
-    NF_C_LANEWISE(nf_c_int, (int32_t)x.lane[i]);
+    NF_V4_LANEWISE(nf_v4_int, (int32_t)x.lane[i]);
 }
 
-NF_INLINE nf_c_t nf_c_to_float(nf_c_int n)
+NF_INLINE nf_v4_t nf_v4_to_float(nf_v4_int n)
 {
-    NF_C_LANEWISE(nf_c_t, (float)n.lane[i]);
+    NF_V4_LANEWISE(nf_v4_t, (float)n.lane[i]);
 }
 
-NF_INLINE nf_c_t nf_c_exponents(nf_c_int n)
+NF_INLINE nf_v4_t nf_v4_exponents(nf_v4_int n)
 {
-    nf_c_t y;
+    nf_v4_t y;
     for (int i = 0; i < 4; i++)
         n.lane[i] = (int32_t)((uint32_t)n.lane[i] << 23);
     memcpy(&y, &n, sizeof y);
@@ -568,82 +525,126 @@ NF_INLINE nf_c_t nf_c_exponents(nf_c_int n)
 }
 #endif
 
-NF_INLINE nf_c_t nf_c_fma(nf_c_t a, nf_c_t b, nf_c_t c)
+NF_INLINE nf_v4_t nf_v4_fma(nf_v4_t a, nf_v4_t b, nf_v4_t c)
 {
-    return nf_c_add(nf_c_mul(a, b), c);
+    return nf_v4_add(nf_v4_mul(a, b), c);
 }
 
-/* Rows end between vectors of four lanes: a part is a whole. */
-NF_INLINE nf_c_t nf_c_load_part(const float *p, int n)
-{
-    (void)n;
-    return nf_c_load(p);
-}
-
-NF_INLINE void nf_c_store_part(float *p, nf_c_t x, int n)
-{
-    (void)n;
-    nf_c_store(p, x);
-}
-
-NF_INLINE float nf_c_sum(nf_c_t x)
+NF_INLINE float nf_v4_sum(nf_v4_t x)
 {
     float lane[4];
-    nf_c_store(lane, x);
+    nf_v4_store(lane, x);
     return (lane[0] + lane[2]) + (lane[1] + lane[3]);
 }
 
-NF_INLINE int nf_c_above(nf_c_t x, float limit)
+NF_INLINE int nf_v4_above(nf_v4_t x, float limit)
 {
     float lane[4];
-    nf_c_store(lane, x);
+    nf_v4_store(lane, x);
     return nf_beyond(lane[0], limit) || nf_beyond(lane[1], limit) || nf_beyond(lane[2], limit) ||
            nf_beyond(lane[3], limit);
 }
 
-/* The whole numbers at or below x; needs |x| < 2^31 (beyond 2^23 any float is whole). */
-NF_INLINE nf_c_t nf_c_floor(nf_c_t x)
+/* Beyond 2^23 every float is whole. */
+NF_INLINE nf_v4_t nf_v4_floor(nf_v4_t x)
 {
     float lane[4];
-    nf_c_store(lane, x);
-    for (int i = 0; i < 4; i++)
-        if (lane[i] > -8388608.0f && lane[i] < 8388608.0f) {
-            const float whole = (float)(int32_t)lane[i];
-            lane[i] = whole > lane[i] ? whole - 1.0f : whole;
-        }
-    return nf_c_load(lane);
+    nf_v4_store(lane, x);
+    for (int i = 0; i < 4; i++) {
+        const int small = lane[i] > -8388608.0f && lane[i] < 8388608.0f;
+        const float whole = small ? (float)(int32_t)lane[i] : lane[i];
+        lane[i] = whole > lane[i] ? whole - 1.0f : whole;
+    }
+    return nf_v4_load(lane);
 }
 
 /* Rounds by truncating what has been made positive: no reliance on the rounding mode or on exact float algebra. */
-NF_INLINE nf_c_t nf_c_exp2(nf_c_t x)
+NF_INLINE nf_v4_t nf_v4_exp2(nf_v4_t x)
 {
-    const nf_c_t y = nf_c_max(nf_c_set(NF_EXP2_LOWEST), nf_c_min(nf_c_set(NF_EXP2_HIGHEST), x));
-    const nf_c_int biased = nf_c_to_int(nf_c_add(y, nf_c_set(127.5f)));
-    const nf_c_t f = nf_c_sub(y, nf_c_sub(nf_c_to_float(biased), nf_c_set(127.0f)));
-    nf_c_t p = nf_c_fma(f, nf_c_set(NF_EXP2_C6), nf_c_set(NF_EXP2_C5));
-    p = nf_c_fma(p, f, nf_c_set(NF_EXP2_C4));
-    p = nf_c_fma(p, f, nf_c_set(NF_EXP2_C3));
-    p = nf_c_fma(p, f, nf_c_set(NF_EXP2_C2));
-    p = nf_c_fma(p, f, nf_c_set(NF_EXP2_C1));
-    p = nf_c_fma(p, f, nf_c_set(1.0f));
-    return nf_c_mul(p, nf_c_exponents(biased));
+    const nf_v4_t y = nf_v4_max(nf_v4_set(NF_EXP2_LOWEST), nf_v4_min(nf_v4_set(NF_EXP2_HIGHEST), x));
+    const nf_v4_int biased = nf_v4_to_int(nf_v4_add(y, nf_v4_set(127.5f)));
+    const nf_v4_t f = nf_v4_sub(y, nf_v4_sub(nf_v4_to_float(biased), nf_v4_set(127.0f)));
+    nf_v4_t p = nf_v4_fma(f, nf_v4_set(NF_EXP2_C6), nf_v4_set(NF_EXP2_C5));
+    p = nf_v4_fma(p, f, nf_v4_set(NF_EXP2_C4));
+    p = nf_v4_fma(p, f, nf_v4_set(NF_EXP2_C3));
+    p = nf_v4_fma(p, f, nf_v4_set(NF_EXP2_C2));
+    p = nf_v4_fma(p, f, nf_v4_set(NF_EXP2_C1));
+    p = nf_v4_fma(p, f, nf_v4_set(1.0f));
+    return nf_v4_mul(p, nf_v4_exponents(biased));
 }
 
-NF_INLINE void nf_c_transpose(float *dst, int dst_stride, const float *src, int src_stride, int dims)
+NF_INLINE void nf_v4_transpose(float *dst, int dst_stride, const float *src, int src_stride, int dims)
 {
     for (int t = 0; t < 4; t++)
         for (int d = 0; d < dims; d++)
             dst[d * dst_stride + t] = src[t * src_stride + d];
 }
 
-NF_INLINE nf_c_t nf_c_from(nf_c_t other, nf_c_t x, int n)
+NF_INLINE nf_v4_t nf_v4_from(nf_v4_t other, nf_v4_t x, int n)
 {
     float lane[4], below[4];
-    nf_c_store(lane, x);
-    nf_c_store(below, other);
+    nf_v4_store(lane, x);
+    nf_v4_store(below, other);
     for (int i = 0; i < 4 && i < n; i++)
         lane[i] = below[i];
-    return nf_c_load(lane);
+    return nf_v4_load(lane);
+}
+#endif
+
+/* Rows end between vectors of four lanes: a part is a whole. */
+NF_INLINE nf_v4_t nf_v4_load_part(const float *p, int n)
+{
+    (void)n;
+    return nf_v4_load(p);
+}
+
+NF_INLINE void nf_v4_store_part(float *p, nf_v4_t x, int n)
+{
+    (void)n;
+    nf_v4_store(p, x);
+}
+
+/* What this processor has. A target that was not compiled in is not there; its functions are null. */
+#if defined(NF_X86)
+#define NF_IF_X86(function) function
+NF_UNUSED static int nf_supports_avx512(void)
+{
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
+}
+
+NF_UNUSED static int nf_supports_avx2(void)
+{
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+#else
+#define NF_IF_X86(function) 0
+NF_UNUSED static int nf_supports_avx512(void)
+{
+    return 0;
+}
+
+NF_UNUSED static int nf_supports_avx2(void)
+{
+    return 0;
+}
+#endif
+#define NF_IF_AVX512 NF_IF_X86
+#define NF_IF_AVX2 NF_IF_X86
+
+#if defined(NF_NEON)
+#define NF_IF_NEON(function) function
+#else
+#define NF_IF_NEON(function) 0
+#endif
+
+NF_UNUSED static int nf_supports_neon(void)
+{
+    return NF_IF_NEON(1) != 0;
+}
+
+NF_UNUSED static int nf_supports_c(void)
+{
+    return 1;
 }
 
 #endif /* NF_SIMD_READY */
