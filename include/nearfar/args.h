@@ -4,11 +4,8 @@
 
 #include <string.h>
 
-#if defined(__GNUC__) || defined(__clang__)
 #define NF_INLINE static inline __attribute__((always_inline, unused))
-#else
-#define NF_INLINE static inline
-#endif
+#define NF_PREFETCH(p) __builtin_prefetch(p)
 
 #define NF_MAGIC_PROJECTION 0x5046524eu    /* "NRFP" */
 #define NF_MAGIC_STATE 0x5346524eu         /* "NRFS" */

@@ -13,11 +13,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(__GNUC__)
-#define NF_UNUSED __attribute__((unused))
-#else
-#define NF_UNUSED
+#ifndef __GNUC__
+#error "nearfar needs GCC, Clang or a compiler that speaks their vector extension"
 #endif
+#define NF_UNUSED __attribute__((unused))
 
 #ifdef __cplusplus
 extern "C" {

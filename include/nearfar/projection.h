@@ -167,22 +167,103 @@ static float nf_calibrate(const nf_projection_shape *shape, const nf_calibration
     return (float)constant;
 }
 
-/* Everything of a projection that follows from w and the calibration. */
-static void nf_projection_finish(const nf_projection_shape *shape, nf_projection_head *head, const float *w,
-                                 float *columns, const float *fit, const float *constant)
+/* The arrays of a projection, in the order of their places behind its head. */
+typedef struct nf_projection_arrays {
+    float *w, *columns, *fit, *constant;
+} nf_projection_arrays;
+
+static nf_projection_arrays nf_arrays(const nf_projection_shape *shape, void *projection)
 {
-    const size_t dim = (size_t)shape->dim, rows = (size_t)shape->rows;
-    memset(columns, 0, dim * (size_t)shape->stride * sizeof(float));
-    for (size_t r = 0; r < rows; r++)
-        for (size_t d = 0; d < dim; d++)
-            columns[d * (size_t)shape->stride + r] = w[r * dim + d];
+    nf_projection_arrays p;
+    p.w = (float *)(void *)((nf_projection_head *)projection + 1);
+    p.columns = p.w + shape->rows * shape->dim;
+    p.fit = p.columns + shape->dim * shape->stride;
+    p.constant = p.fit + 8 * shape->dim;
+    return p;
+}
+
+/* Everything of a projection that follows from w and the sample. */
+static void nf_projection_finish(const nf_projection_shape *shape, void *projection, const nf_calibration *calibration)
+{
+    const nf_projection_arrays p = nf_arrays(shape, projection);
+    const size_t dim = (size_t)shape->dim, rows = (size_t)shape->rows, stride = (size_t)shape->stride;
+    nf_projection_head *head = (nf_projection_head *)projection;
+    p.constant[0] = nf_calibrate(shape, calibration, p.fit);
+    memset(p.columns, 0, dim * stride * sizeof(float));
+    for (size_t i = 0; i < rows * dim; i++)
+        p.columns[i % dim * stride + i / dim] = p.w[i];
     memset(head, 0, sizeof *head);
     head->magic = NF_MAGIC_PROJECTION;
     head->abi = NF_CORE_ABI;
     head->contract = shape->contract;
-    head->hash = nf_hash(shape->contract, w, rows * dim * sizeof(float));
-    head->hash = nf_hash(head->hash, fit, NF_FIT_ROWS * dim * sizeof(float));
-    head->hash = nf_hash(head->hash, constant, sizeof *constant);
+    head->hash = nf_hash(shape->contract, p.w, rows * dim * sizeof(float));
+    head->hash = nf_hash(head->hash, p.fit, NF_FIT_ROWS * dim * sizeof(float));
+    head->hash = nf_hash(head->hash, p.constant, sizeof(float));
+}
+
+static nf_status nf_projection_init(const nf_projection_shape *shape, void *projection, uint64_t seed,
+                                    const nf_calibration *calibration)
+{
+    const nf_status status = calibration ? nf_check_calibration(shape, calibration) : NF_OK;
+    if (!projection)
+        return NF_E_NULL;
+    if (!nf_aligned(projection, NF_ALIGN))
+        return NF_E_ALIGN;
+    if (status == NF_OK) {
+        nf_sample(shape, seed, nf_arrays(shape, projection).w);
+        nf_projection_finish(shape, projection, calibration);
+    }
+    return status;
+}
+
+/* What from and read share: the pointers. */
+static nf_status nf_check_matrix(const nf_projection_shape *shape, const void *projection, size_t bytes, const float *w)
+{
+    if (!projection || !w)
+        return NF_E_NULL;
+    if (!nf_aligned(projection, NF_ALIGN) || !nf_aligned(w, sizeof(float)))
+        return NF_E_ALIGN;
+    return nf_overlap(projection, bytes, w, (size_t)(shape->rows * shape->dim) * sizeof(float)) ? NF_E_OVERLAP : NF_OK;
+}
+
+static nf_status nf_projection_from(const nf_projection_shape *shape, void *projection, size_t bytes, const float *w,
+                                    uint32_t flags)
+{
+    const nf_status status = nf_check_matrix(shape, projection, bytes, w);
+    const int count = shape->rows * shape->dim;
+    if (status != NF_OK)
+        return status;
+    if (flags & ~NF_KEEP_F32)
+        return NF_E_VALUE;
+    for (int i = 0; i < count; i++)
+        if (!nf_finite(w[i]) || !nf_finite(nf_to_bf16(w[i])))
+            return NF_E_VALUE;
+    for (int i = 0; i < count; i++)
+        nf_arrays(shape, projection).w[i] = flags & NF_KEEP_F32 ? w[i] : nf_to_bf16(w[i]);
+    nf_projection_finish(shape, projection, NULL);
+    return NF_OK;
+}
+
+static nf_status nf_projection_read(const nf_projection_shape *shape, const void *projection, size_t bytes, float *w)
+{
+    const nf_projection_head *head = (const nf_projection_head *)projection;
+    const nf_status status = nf_check_matrix(shape, projection, bytes, w);
+    if (status != NF_OK)
+        return status;
+    if (head->magic != NF_MAGIC_PROJECTION || head->contract != shape->contract)
+        return NF_E_PROJECTION;
+    memcpy(w, head + 1, (size_t)(shape->rows * shape->dim) * sizeof(float));
+    return NF_OK;
+}
+
+/* floor(x), of a finite double below 2^62; larger ones and NaN pass through. */
+NF_INLINE float nf_whole(double x)
+{
+    double whole;
+    if (!(x > -4e18 && x < 4e18))
+        return (float)x;
+    whole = (double)(int64_t)x;
+    return (float)(whole > x ? whole - 1 : whole);
 }
 
 /* 2^step of a whole step <= 0, exact; 0 below the normal numbers. */
@@ -229,9 +310,10 @@ static void nf_rescale(float *r, float *z, float *s, int m, int width, int panel
 }
 
 /* Where a chunk of n keys (features key[i * stride + r] relative to the references) must end: before the first key
- * whose features leave the range. Then `fresh`, the sums over the keys, is made anew. Rows before the cut end up with
+ * whose features leave the range. Then `fresh`, the sums over the keys (times their
+ * part), is made anew. Rows before the cut end up with
  * the same bits as if the keys behind it were not there. */
-static int nf_cut(const float *key, int stride, int m, int n, float *fresh)
+static int nf_cut(const float *key, const float *part, int stride, int m, int n, float *fresh)
 {
     int cut = n;
     if (nf_beyond(key[0], NF_KEY_LIMIT))
@@ -243,7 +325,7 @@ static int nf_cut(const float *key, int stride, int m, int n, float *fresh)
     for (int r = 0; r < m && cut < n; r++) {
         fresh[r] = 0;
         for (int i = 0; i < cut; i++)
-            fresh[r] += key[i * stride + r];
+            fresh[r] += key[i * stride + r] * part[i];
     }
     return cut;
 }

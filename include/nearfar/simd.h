@@ -10,18 +10,9 @@
 #if defined(__clang__)
 #define NF_UNROLL _Pragma("clang loop unroll(full)")
 #define NF_UNROLL_BY_4 _Pragma("clang loop unroll_count(4)")
-#elif defined(__GNUC__)
+#else
 #define NF_UNROLL _Pragma("GCC unroll 32")
 #define NF_UNROLL_BY_4 _Pragma("GCC unroll 4")
-#else
-#define NF_UNROLL
-#define NF_UNROLL_BY_4
-#endif
-
-#if defined(__GNUC__)
-#define NF_PREFETCH(p) __builtin_prefetch(p)
-#else
-#define NF_PREFETCH(p) ((void)(p))
 #endif
 
 /* The operations that compilers do on vectors of their own accord. */
@@ -52,7 +43,7 @@
 #define NF_EXP2_LOWEST (-126.0f)
 #define NF_EXP2_HIGHEST 126.0f
 
-#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
+#if defined(__x86_64__) || defined(__i386__)
 #define NF_X86 1
 #include <immintrin.h>
 
@@ -73,15 +64,18 @@ NF_INLINE NF_AVX512 void nf_avx512_store(float *p, nf_avx512_t x)
     _mm512_storeu_ps(p, x);
 }
 
-/* The first n lanes; the others are zero and untouched. */
-NF_INLINE NF_AVX512 nf_avx512_t nf_avx512_load_part(const float *p, int n)
+/* Load or store n lanes, n a constant of any size: a whole vector, or what is left of a row. */
+NF_INLINE NF_AVX512 nf_avx512_t nf_avx512_get(const float *p, int n)
 {
-    return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+    return n >= 16 ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
 }
 
-NF_INLINE NF_AVX512 void nf_avx512_store_part(float *p, nf_avx512_t x, int n)
+NF_INLINE NF_AVX512 void nf_avx512_put(float *p, nf_avx512_t x, int n)
 {
-    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), x);
+    if (n >= 16)
+        _mm512_storeu_ps(p, x);
+    else if (n > 0)
+        _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), x);
 }
 
 NF_INLINE NF_AVX512 nf_avx512_t nf_avx512_set(float x)
@@ -116,6 +110,16 @@ NF_INLINE NF_AVX512 float nf_avx512_sum(nf_avx512_t x)
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
+/* The sum of the lanes in double precision. */
+NF_INLINE NF_AVX512 double nf_avx512_total(nf_avx512_t x)
+{
+    const __m256 low = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 0));
+    const __m256 high = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 1));
+    __m256d s = _mm256_cvtps_pd(_mm256_castps256_ps128(low)) + _mm256_cvtps_pd(_mm256_extractf128_ps(low, 1));
+    s = s + _mm256_cvtps_pd(_mm256_castps256_ps128(high)) + _mm256_cvtps_pd(_mm256_extractf128_ps(high, 1));
+    return (s[0] + s[1]) + (s[2] + s[3]);
+}
+
 /* x = floor(x) + f: the hardware splits and scales, so 2^f is a polynomial on [0, 1) (1.1 ulp, exact at 0). */
 NF_INLINE NF_AVX512 nf_avx512_t nf_avx512_exp2(nf_avx512_t x)
 {
@@ -137,7 +141,7 @@ NF_INLINE NF_AVX512 void nf_avx512_transpose(float *dst, int dst_stride, const f
     nf_avx512_t a[16], b[16];
     NF_UNROLL
     for (int i = 0; i < 16; i++)
-        a[i] = nf_avx512_load_part(src + i * src_stride, dims);
+        a[i] = nf_avx512_get(src + i * src_stride, dims);
     NF_UNROLL
     for (int i = 0; i < 16; i += 4) { /* 4 x 4 within every 128 bits */
         const __m512d x = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(NF_ALL16, a[i], a[i + 1]));
@@ -203,14 +207,17 @@ NF_INLINE NF_AVX2 __m256i nf_avx2_below(int n)
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-NF_INLINE NF_AVX2 nf_avx2_t nf_avx2_load_part(const float *p, int n)
+NF_INLINE NF_AVX2 nf_avx2_t nf_avx2_get(const float *p, int n)
 {
-    return _mm256_maskload_ps(p, nf_avx2_below(n));
+    return n >= 8 ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, nf_avx2_below(n));
 }
 
-NF_INLINE NF_AVX2 void nf_avx2_store_part(float *p, nf_avx2_t x, int n)
+NF_INLINE NF_AVX2 void nf_avx2_put(float *p, nf_avx2_t x, int n)
 {
-    _mm256_maskstore_ps(p, nf_avx2_below(n), x);
+    if (n >= 8)
+        _mm256_storeu_ps(p, x);
+    else if (n > 0)
+        _mm256_maskstore_ps(p, nf_avx2_below(n), x);
 }
 
 NF_INLINE NF_AVX2 nf_avx2_t nf_avx2_set(float x)
@@ -240,6 +247,12 @@ NF_INLINE NF_AVX2 float nf_avx2_sum(nf_avx2_t x)
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+NF_INLINE NF_AVX2 double nf_avx2_total(nf_avx2_t x)
+{
+    const __m256d s = _mm256_cvtps_pd(_mm256_castps256_ps128(x)) + _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+    return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
 NF_INLINE NF_AVX2 nf_avx2_t nf_avx2_exp2(nf_avx2_t x)
@@ -308,10 +321,10 @@ NF_INLINE int nf_beyond(float x, float limit)
     return (a & 0x7fffffffu) > 0x7f800000u || (!(a >> 31) && a > b);
 }
 
-/* Four lanes anywhere: NEON, GCC's vector extension, or loops that a compiler may turn into vectors. */
+/* Four lanes anywhere: NEON, or the vector extension of GCC and Clang. */
 #define NF_V4
 #define NF_V4_LANES 4
-#if defined(__GNUC__) && defined(__aarch64__)
+#if defined(__aarch64__)
 #define NF_NEON
 #include <arm_neon.h>
 
@@ -396,7 +409,6 @@ NF_INLINE nf_v4_t nf_v4_floor(nf_v4_t x)
     return vrndmq_f32(x);
 }
 #else
-#if defined(__GNUC__)
 typedef float nf_v4_t __attribute__((vector_size(16)));
 typedef float nf_v4_unaligned __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t nf_v4_int __attribute__((vector_size(16)));
@@ -450,80 +462,6 @@ NF_INLINE nf_v4_t nf_v4_exponents(nf_v4_int n)
 {
     return (nf_v4_t)(n * (1 << 23));
 }
-#else
-typedef struct nf_v4_t {
-    float lane[4];
-} nf_v4_t;
-typedef struct nf_v4_int {
-    int32_t lane[4];
-} nf_v4_int;
-
-#define NF_V4_LANEWISE(type, expression) \
-    type y; \
-    for (int i = 0; i < 4; i++) \
-        y.lane[i] = (expression); \
-    return y
-
-NF_INLINE nf_v4_t nf_v4_load(const float *p)
-{
-    NF_V4_LANEWISE(nf_v4_t, p[i]);
-}
-
-NF_INLINE void nf_v4_store(float *p, nf_v4_t x)
-{
-    for (int i = 0; i < 4; i++)
-        p[i] = x.lane[i];
-}
-
-NF_INLINE nf_v4_t nf_v4_set(float x)
-{
-    NF_V4_LANEWISE(nf_v4_t, x);
-}
-
-NF_INLINE nf_v4_t nf_v4_add(nf_v4_t a, nf_v4_t b)
-{
-    NF_V4_LANEWISE(nf_v4_t, a.lane[i] + b.lane[i]);
-}
-
-NF_INLINE nf_v4_t nf_v4_sub(nf_v4_t a, nf_v4_t b)
-{
-    NF_V4_LANEWISE(nf_v4_t, a.lane[i] - b.lane[i]);
-}
-
-NF_INLINE nf_v4_t nf_v4_mul(nf_v4_t a, nf_v4_t b)
-{
-    NF_V4_LANEWISE(nf_v4_t, a.lane[i] * b.lane[i]);
-}
-
-NF_INLINE nf_v4_t nf_v4_max(nf_v4_t a, nf_v4_t b)
-{
-    NF_V4_LANEWISE(nf_v4_t, a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]);
-}
-
-NF_INLINE nf_v4_t nf_v4_min(nf_v4_t a, nf_v4_t b)
-{
-    NF_V4_LANEWISE(nf_v4_t, a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]);
-}
-
-NF_INLINE nf_v4_int nf_v4_to_int(nf_v4_t x)
-{
-    NF_V4_LANEWISE(nf_v4_int, (int32_t)x.lane[i]);
-}
-
-NF_INLINE nf_v4_t nf_v4_to_float(nf_v4_int n)
-{
-    NF_V4_LANEWISE(nf_v4_t, (float)n.lane[i]);
-}
-
-NF_INLINE nf_v4_t nf_v4_exponents(nf_v4_int n)
-{
-    nf_v4_t y;
-    for (int i = 0; i < 4; i++)
-        n.lane[i] = (int32_t)((uint32_t)n.lane[i] << 23);
-    memcpy(&y, &n, sizeof y);
-    return y;
-}
-#endif
 
 NF_INLINE nf_v4_t nf_v4_fma(nf_v4_t a, nf_v4_t b, nf_v4_t c)
 {
@@ -591,17 +529,24 @@ NF_INLINE nf_v4_t nf_v4_from(nf_v4_t other, nf_v4_t x, int n)
 }
 #endif
 
-/* Rows end between vectors of four lanes: a part is a whole. */
-NF_INLINE nf_v4_t nf_v4_load_part(const float *p, int n)
+NF_INLINE double nf_v4_total(nf_v4_t x)
+{
+    float lane[4];
+    nf_v4_store(lane, x);
+    return ((double)lane[0] + (double)lane[1]) + ((double)lane[2] + (double)lane[3]);
+}
+
+/* Rows end between vectors of four lanes. */
+NF_INLINE nf_v4_t nf_v4_get(const float *p, int n)
 {
     (void)n;
     return nf_v4_load(p);
 }
 
-NF_INLINE void nf_v4_store_part(float *p, nf_v4_t x, int n)
+NF_INLINE void nf_v4_put(float *p, nf_v4_t x, int n)
 {
-    (void)n;
-    nf_v4_store(p, x);
+    if (n > 0)
+        nf_v4_store(p, x);
 }
 
 /* What this processor has. A target that was not compiled in is not there; its functions are null. */
