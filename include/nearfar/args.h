@@ -7,10 +7,13 @@
 #define NF_INLINE static inline __attribute__((always_inline, unused))
 #define NF_PREFETCH(p) __builtin_prefetch(p)
 
-#define NF_MAGIC_PROJECTION 0x5046524eu    /* "NRFP" */
-#define NF_MAGIC_STATE 0x5346524eu         /* "NRFS" */
-#define NF_INPUT_LIMIT 1125899906842624.0f /* 2^50: larger inputs (in log2 units) are cut off there */
-#define NF_NO_KEY (-1e30f)                 /* the reference R of a feature that has seen no key */
+#define NF_MAGIC_PROJECTION 0x5046524eu /* "NRFP" */
+#define NF_MAGIC_STATE 0x5346524eu      /* "NRFS" */
+/* Larger inputs (scaled, in log2 units) are cut off: features stay below 2^23, where whole numbers are exact; exact
+ * scores do not overflow. */
+#define NF_INPUT_LIMIT 256.0f
+#define NF_SCORE_LIMIT 1125899906842624.0f
+#define NF_NO_KEY (-1e30f) /* the reference R of a feature that has seen no key */
 
 /* What the common code must know of a contract. */
 typedef struct nf_contract {
@@ -233,6 +236,13 @@ static nf_status nf_check_shape(const nf_contract *c, const nf_args *args, nf_pl
     return NF_OK;
 }
 
+/* Bytes from the first projection of the call to the end of its last. */
+static size_t nf_projection_extent(const nf_plan *p)
+{
+    const nf_args *a = &p->args;
+    return p->contract->projection + (a->projection_stride ? (size_t)(a->kv_heads - 1) * a->projection_stride : 0);
+}
+
 /* The projections that the call names. */
 static nf_status nf_check_projection(const nf_plan *p)
 {
@@ -311,7 +321,6 @@ static nf_status nf_check(const nf_contract *c, const nf_args *args, void *works
         return NF_E_WORKSPACE;
     { /* What may be written, the first four, meets neither itself nor what is read. */
         const size_t lse = (size_t)a->batch * (size_t)a->heads * (size_t)a->q_tokens * sizeof(float);
-        const size_t projections = a->projection_stride ? (size_t)(a->kv_heads - 1) * a->projection_stride : 0;
         const void *at[9] = {a->out.data, a->lse,    workspace,     a->state,    a->q.data,
                              a->k.data,   a->v.data, a->projection, a->cu_tokens};
         const size_t extent[9] = {out,
@@ -321,7 +330,7 @@ static nf_status nf_check(const nf_contract *c, const nf_args *args, void *works
                                   q,
                                   k,
                                   v,
-                                  c->projection + projections,
+                                  nf_projection_extent(p),
                                   ((size_t)a->sequences + 1) * sizeof(int32_t)};
         for (int i = 0; i < 4; i++)
             for (int j = i + 1; j < 9; j++)

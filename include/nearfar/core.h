@@ -29,22 +29,22 @@ extern "C" {
 #define NF_STATUS_LIST(X) \
     X(NF_OK, 0, "ok") \
     X(NF_E_NULL, -1, "a pointer that this call needs is null") \
-    X(NF_E_SIZE, -2, "batch and heads must be at least 1; kv_heads, tokens and sequences must not be negative") \
+    X(NF_E_SIZE, -2, "batch and heads must be at least 1, and no size negative") \
     X(NF_E_HEADS, -3, "heads must be a multiple of kv_heads") \
-    X(NF_E_TOKENS, -4, "q_tokens and kv_tokens do not fit together: causal and decode need kv_tokens >= q_tokens") \
+    X(NF_E_TOKENS, -4, "causal and decode need kv_tokens >= q_tokens, decode with a state as many") \
     X(NF_E_OVERFLOW, -5, "a product of sizes and strides exceeds the address range") \
     X(NF_E_STRIDE, -6, "a stride is negative, below the head dim, or lets rows of out overlap") \
     X(NF_E_SCALE, -7, "scale must be finite and not negative (0 means 1/sqrt(D))") \
     X(NF_E_MASK, -8, "mask must be NF_CAUSAL or NF_FULL") \
-    X(NF_E_PACKED, -9, "cu_tokens must start at 0, never fall and end at q_tokens, with batch 1 and equal kv_tokens") \
+    X(NF_E_PACKED, -9, "cu_tokens must rise from 0 to q_tokens = kv_tokens, with batch 1") \
     X(NF_E_SPLIT, -10, "split_begin and split_count must lie within batch (or sequences) * kv_heads") \
-    X(NF_E_ALIGN, -11, "workspace, projection and state need NF_ALIGN bytes of alignment, tensors their element's") \
+    X(NF_E_ALIGN, -11, "workspace, projection and state must be aligned to NF_ALIGN, tensors to their elements") \
     X(NF_E_WORKSPACE, -12, "the workspace is smaller than the workspace function asks for") \
     X(NF_E_OVERLAP, -13, "memory to be written overlaps other memory of the call") \
     X(NF_E_PROJECTION, -14, "this is not a projection of this contract, or it was never initialised") \
-    X(NF_E_STATE, -15, "this state is of another contract, projection, scale or shape, or it was never reset") \
+    X(NF_E_STATE, -15, "this state is of another contract, projection, scale or shape, or was never reset") \
     X(NF_E_PATTERN, -16, "this operator takes no pattern") \
-    X(NF_E_VALUE, -17, "a matrix or calibration sample holds a value that is not finite, or an unknown flag") \
+    X(NF_E_VALUE, -17, "a matrix or sample holds what is not finite, tau is not in (0, 1], or a flag is unknown") \
     X(NF_E_UNSUPPORTED, -18, "this processor or device lacks what the variant needs")
 
 typedef enum nf_status {

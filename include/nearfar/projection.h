@@ -1,10 +1,9 @@
 /* ---- projections: sampled, given or fitted to a head
  * -----------------------------------------------------------------
  *
- * A projection is a matrix w [rows][D] in natural units, kept twice (rows and columns), and the head's calibration:
- * with x' = sqrt(scale) x the features are exp(+-w x^ - |x^|^2 / 2) of q^ = q_factor (q' - q_mean') and k^ = k_factor
- * (k' - k_mean'). What softmax(q k) has beyond softmax(q^ k^) is a weight of the key alone, exp(q_mean' (k' -
- * k_mean')), and of the query alone, which only lse sees.
+ * A matrix w [rows][D] in natural units, and a head's calibration: with x' = sqrt(scale) x the features are e^(w x^ -
+ * |x^|^2 / 2) of q^ = q_factor (q' - q_mean') and k^ = k_factor (k' - k_mean'). The rest of the logit is a weight of
+ * the key, e^(q_mean' (k' - k_mean')), and one of the query, which only lse sees.
  */
 #ifndef NF_PROJECTION_READY
 #define NF_PROJECTION_READY
@@ -49,9 +48,9 @@ static void nf_hadamard(int32_t *x, int dim, int block)
             }
 }
 
-/* Rows of random rotations, norm sqrt(dim): rounds of permutation, random signs and Hadamard transform (orthogonal
- * random features, Yu et al. 2016, section 4; with blocks and permutations where dim is no power of two). All of it in
- * whole numbers, so a seed gives the same bits everywhere. Every dim rows are one rotation, exactly orthogonal. */
+/* Rows of random rotations, norm sqrt(dim): rounds of permutation, random signs and (blockwise) Hadamard transform
+ * (orthogonal random features, Yu et al. 2016, section 4), in whole numbers: exactly orthogonal, the same everywhere.
+ */
 static void nf_sample(const nf_projection_shape *shape, uint64_t seed, float *w)
 {
     enum { MOST = 256, ROUNDS = 6 };
@@ -123,18 +122,16 @@ static nf_status nf_check_calibration(const nf_projection_shape *shape, const nf
     return status;
 }
 
-/* Mean and mean square deviation from it of channel d; with keep_mean the mean counts as 0. */
-static void nf_moments(const float *x, int64_t tokens, int64_t stride, int64_t d, int keep_mean, double *mean,
-                       double *square)
+/* Mean and variance of channel d. */
+static void nf_moments(const float *x, int64_t tokens, int64_t stride, int64_t d, double *mean, double *variance)
 {
-    double sum = 0;
-    for (int64_t t = 0; t < tokens && !keep_mean; t++)
+    double sum = 0, square = 0;
+    for (int64_t t = 0; t < tokens; t++)
         sum += (double)x[t * stride + d];
     *mean = (double)(float)(sum / (double)tokens);
-    *square = 0;
     for (int64_t t = 0; t < tokens; t++)
-        *square += ((double)x[t * stride + d] - *mean) * ((double)x[t * stride + d] - *mean);
-    *square /= (double)tokens;
+        square += ((double)x[t * stride + d] - *mean) * ((double)x[t * stride + d] - *mean);
+    *variance = square / (double)tokens;
 }
 
 /* Fill fit [NF_FIT_ROWS][dim] from a sample (NULL: nothing to fit); returns the mean logit q_mean k_mean.
@@ -146,22 +143,25 @@ static float nf_calibrate(const nf_projection_shape *shape, const nf_calibration
     const double tau = !c ? 1 : c->tau > 0 ? (double)c->tau : 0.7;
     double constant = 0;
     for (int d = 0; d < dim; d++) {
-        double q_mean = 0, k_mean = 0, q_square = 0, k_square = 0, psi = 1, variance;
+        double q_mean = 0, k_mean = 0, q_square = 0, k_square = 0, psi = 1, lost = 0;
         if (c) {
-            const int keep = (c->flags & NF_KEEP_MEAN) != 0;
-            nf_moments(c->q, c->q_tokens, c->q_stride ? c->q_stride : dim, d, keep, &q_mean, &q_square);
-            nf_moments(c->k, c->k_tokens, c->k_stride ? c->k_stride : dim, d, keep, &k_mean, &k_square);
+            nf_moments(c->q, c->q_tokens, c->q_stride ? c->q_stride : dim, d, &q_mean, &q_square);
+            nf_moments(c->k, c->k_tokens, c->k_stride ? c->k_stride : dim, d, &k_mean, &k_square);
+            lost = k_square * (1 - tau * tau * tau * tau);
+            if (c->flags & NF_KEEP_MEAN) {
+                q_square += q_mean * q_mean, k_square += k_mean * k_mean;
+                q_mean = k_mean = 0;
+            }
             if (!(c->flags & NF_KEEP_CHANNELS) && q_square > 1e-30 && k_square > 1e-30)
                 psi = nf_sqrt(nf_sqrt(k_square / q_square));
         }
-        variance = k_square * (1 - tau * tau * tau * tau);
         fit[NF_Q_MEAN * dim + d] = (float)q_mean;
         fit[NF_K_MEAN * dim + d] = (float)k_mean;
         fit[NF_Q_FACTOR * dim + d] = (float)(tau * psi);
         fit[NF_K_FACTOR * dim + d] = (float)(tau / psi);
         fit[NF_Q_SLOPE * dim + d] = (float)(-k_mean / (tau * psi));
         fit[NF_K_SLOPE * dim + d] = (float)(-q_mean * psi / tau);
-        fit[NF_Q_CURVE * dim + d] = (float)(variance / (tau * tau * psi * psi));
+        fit[NF_Q_CURVE * dim + d] = (float)(lost / (tau * tau * psi * psi));
         constant += q_mean * k_mean;
     }
     return (float)constant;
@@ -256,14 +256,12 @@ static nf_status nf_projection_read(const nf_projection_shape *shape, const void
     return NF_OK;
 }
 
-/* floor(x), of a finite double below 2^62; larger ones and NaN pass through. */
+/* floor(x) of a norm, below 2^23 thanks to NF_INPUT_LIMIT, or NaN. */
 NF_INLINE float nf_whole(double x)
 {
-    double whole;
-    if (!(x > -4e18 && x < 4e18))
-        return (float)x;
-    whole = (double)(int64_t)x;
-    return (float)(whole > x ? whole - 1 : whole);
+    const float near = (float)x;
+    const double whole = nf_finite(near) ? (double)(int32_t)x : 0;
+    return nf_finite(near) ? (float)(whole > x ? whole - 1 : whole) : near;
 }
 
 /* 2^step of a whole step <= 0, exact; 0 below the normal numbers. */
@@ -384,6 +382,8 @@ static nf_status nf_state_reset(const nf_contract *c, const nf_args *args)
         return NF_E_NULL;
     if (!nf_aligned(p.args.state, NF_ALIGN))
         return NF_E_ALIGN;
+    if (nf_overlap(p.args.state, p.state_bytes, p.args.projection, nf_projection_extent(&p)))
+        return NF_E_OVERLAP;
     head = (nf_state_head *)p.args.state;
     memset(head, 0, p.state_bytes);
     head->magic = NF_MAGIC_STATE;
@@ -408,8 +408,8 @@ static nf_status nf_state_merge(const nf_contract *c, void *dst, const void *a, 
         return NF_E_NULL;
     if (!nf_aligned(dst, NF_ALIGN) || !nf_aligned(a, NF_ALIGN) || !nf_aligned(b, NF_ALIGN))
         return NF_E_ALIGN;
-    if (ha->magic != NF_MAGIC_STATE || ha->abi != NF_CORE_ABI || ha->contract != c->hash || ha->units < 0 ||
-        memcmp(ha, hb, sizeof *ha) != 0)
+    if (ha->magic != NF_MAGIC_STATE || ha->abi != NF_CORE_ABI || ha->contract != c->hash ||
+        nf_product(ha->units, (int64_t)c->state_unit) < 0 || memcmp(ha, hb, sizeof *ha) != 0)
         return NF_E_STATE;
     bytes = sizeof *ha + (size_t)ha->units * c->state_unit;
     if ((dst != a && nf_overlap(dst, bytes, a, bytes)) || (dst != b && nf_overlap(dst, bytes, b, bytes)))

@@ -47,30 +47,30 @@
 #define NF_X86 1
 #include <immintrin.h>
 
-#define NF_AVX512 __attribute__((target("avx512f,avx512dq")))
-#define NF_AVX512_LANES 16
+#define NF_V16 __attribute__((target("avx512f,avx512dq")))
+#define NF_V16_LANES 16
 /* Masks that mask nothing: g++ 12 warns about the intrinsics without masks (GCC bug 105593). */
 #define NF_ALL16 ((__mmask16)0xffff)
 #define NF_ALL8 ((__mmask8)0xff)
-typedef __m512 nf_avx512_t;
+typedef __m512 nf_v16_t;
 
-NF_INLINE NF_AVX512 nf_avx512_t nf_avx512_load(const float *p)
+NF_INLINE NF_V16 nf_v16_t nf_v16_load(const float *p)
 {
     return _mm512_loadu_ps(p);
 }
 
-NF_INLINE NF_AVX512 void nf_avx512_store(float *p, nf_avx512_t x)
+NF_INLINE NF_V16 void nf_v16_store(float *p, nf_v16_t x)
 {
     _mm512_storeu_ps(p, x);
 }
 
 /* Load or store n lanes, n a constant of any size: a whole vector, or what is left of a row. */
-NF_INLINE NF_AVX512 nf_avx512_t nf_avx512_get(const float *p, int n)
+NF_INLINE NF_V16 nf_v16_t nf_v16_get(const float *p, int n)
 {
     return n >= 16 ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
 }
 
-NF_INLINE NF_AVX512 void nf_avx512_put(float *p, nf_avx512_t x, int n)
+NF_INLINE NF_V16 void nf_v16_put(float *p, nf_v16_t x, int n)
 {
     if (n >= 16)
         _mm512_storeu_ps(p, x);
@@ -78,29 +78,29 @@ NF_INLINE NF_AVX512 void nf_avx512_put(float *p, nf_avx512_t x, int n)
         _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), x);
 }
 
-NF_INLINE NF_AVX512 nf_avx512_t nf_avx512_set(float x)
+NF_INLINE NF_V16 nf_v16_t nf_v16_set(float x)
 {
     return _mm512_set1_ps(x);
 }
 
-NF_ARITHMETIC(NF_AVX512, nf_avx512_t, nf_avx512_add, nf_avx512_sub, nf_avx512_mul)
+NF_ARITHMETIC(NF_V16, nf_v16_t, nf_v16_add, nf_v16_sub, nf_v16_mul)
 
-NF_INLINE NF_AVX512 nf_avx512_t nf_avx512_fma(nf_avx512_t a, nf_avx512_t b, nf_avx512_t c)
+NF_INLINE NF_V16 nf_v16_t nf_v16_fma(nf_v16_t a, nf_v16_t b, nf_v16_t c)
 {
     return _mm512_fmadd_ps(a, b, c);
 }
 
-NF_INLINE NF_AVX512 nf_avx512_t nf_avx512_max(nf_avx512_t a, nf_avx512_t b)
+NF_INLINE NF_V16 nf_v16_t nf_v16_max(nf_v16_t a, nf_v16_t b)
 {
     return _mm512_maskz_max_ps(NF_ALL16, a, b);
 }
 
-NF_INLINE NF_AVX512 nf_avx512_t nf_avx512_min(nf_avx512_t a, nf_avx512_t b)
+NF_INLINE NF_V16 nf_v16_t nf_v16_min(nf_v16_t a, nf_v16_t b)
 {
     return _mm512_maskz_min_ps(NF_ALL16, a, b);
 }
 
-NF_INLINE NF_AVX512 float nf_avx512_sum(nf_avx512_t x)
+NF_INLINE NF_V16 float nf_v16_sum(nf_v16_t x)
 {
     const __m256 high = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 1));
     const __m256 low = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 0));
@@ -111,7 +111,7 @@ NF_INLINE NF_AVX512 float nf_avx512_sum(nf_avx512_t x)
 }
 
 /* The sum of the lanes in double precision. */
-NF_INLINE NF_AVX512 double nf_avx512_total(nf_avx512_t x)
+NF_INLINE NF_V16 double nf_v16_total(nf_v16_t x)
 {
     const __m256 low = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 0));
     const __m256 high = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 1));
@@ -121,11 +121,11 @@ NF_INLINE NF_AVX512 double nf_avx512_total(nf_avx512_t x)
 }
 
 /* x = floor(x) + f: the hardware splits and scales, so 2^f is a polynomial on [0, 1) (1.1 ulp, exact at 0). */
-NF_INLINE NF_AVX512 nf_avx512_t nf_avx512_exp2(nf_avx512_t x)
+NF_INLINE NF_V16 nf_v16_t nf_v16_exp2(nf_v16_t x)
 {
-    const nf_avx512_t y = _mm512_maskz_max_ps(NF_ALL16, _mm512_set1_ps(NF_EXP2_LOWEST), x);
-    const nf_avx512_t f = _mm512_maskz_reduce_ps(NF_ALL16, y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    nf_avx512_t p = _mm512_set1_ps(2.1612914861e-4f);
+    const nf_v16_t y = _mm512_maskz_max_ps(NF_ALL16, _mm512_set1_ps(NF_EXP2_LOWEST), x);
+    const nf_v16_t f = _mm512_maskz_reduce_ps(NF_ALL16, y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    nf_v16_t p = _mm512_set1_ps(2.1612914861e-4f);
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.2467856286e-3f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6754487604e-3f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5485282093e-2f));
@@ -136,12 +136,12 @@ NF_INLINE NF_AVX512 nf_avx512_t nf_avx512_exp2(nf_avx512_t x)
 }
 
 /* A block of tokens: dst[d][t] = src[t][d] for t, d below 16, of which the first `dims` d are read and written. */
-NF_INLINE NF_AVX512 void nf_avx512_transpose(float *dst, int dst_stride, const float *src, int src_stride, int dims)
+NF_INLINE NF_V16 void nf_v16_transpose(float *dst, int dst_stride, const float *src, int src_stride, int dims)
 {
-    nf_avx512_t a[16], b[16];
+    nf_v16_t a[16], b[16];
     NF_UNROLL
     for (int i = 0; i < 16; i++)
-        a[i] = nf_avx512_get(src + i * src_stride, dims);
+        a[i] = nf_v16_get(src + i * src_stride, dims);
     NF_UNROLL
     for (int i = 0; i < 16; i += 4) { /* 4 x 4 within every 128 bits */
         const __m512d x = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(NF_ALL16, a[i], a[i + 1]));
@@ -156,10 +156,10 @@ NF_INLINE NF_AVX512 void nf_avx512_transpose(float *dst, int dst_stride, const f
     NF_UNROLL
     for (int i = 0; i < 4;
          i++) { /* then the 128-bit quarters: b[i], b[i + 4], b[i + 8], b[i + 12] hold d = i, i + 4, ... */
-        const nf_avx512_t x = _mm512_maskz_shuffle_f32x4(NF_ALL16, b[i], b[i + 4], 0x44);
-        const nf_avx512_t y = _mm512_maskz_shuffle_f32x4(NF_ALL16, b[i], b[i + 4], 0xee);
-        const nf_avx512_t z = _mm512_maskz_shuffle_f32x4(NF_ALL16, b[i + 8], b[i + 12], 0x44);
-        const nf_avx512_t w = _mm512_maskz_shuffle_f32x4(NF_ALL16, b[i + 8], b[i + 12], 0xee);
+        const nf_v16_t x = _mm512_maskz_shuffle_f32x4(NF_ALL16, b[i], b[i + 4], 0x44);
+        const nf_v16_t y = _mm512_maskz_shuffle_f32x4(NF_ALL16, b[i], b[i + 4], 0xee);
+        const nf_v16_t z = _mm512_maskz_shuffle_f32x4(NF_ALL16, b[i + 8], b[i + 12], 0x44);
+        const nf_v16_t w = _mm512_maskz_shuffle_f32x4(NF_ALL16, b[i + 8], b[i + 12], 0xee);
         a[i] = _mm512_maskz_shuffle_f32x4(NF_ALL16, x, z, 0x88);
         a[i + 4] = _mm512_maskz_shuffle_f32x4(NF_ALL16, x, z, 0xdd);
         a[i + 8] = _mm512_maskz_shuffle_f32x4(NF_ALL16, y, w, 0x88);
@@ -168,100 +168,99 @@ NF_INLINE NF_AVX512 void nf_avx512_transpose(float *dst, int dst_stride, const f
     NF_UNROLL
     for (int i = 0; i < 16; i++)
         if (i < dims)
-            nf_avx512_store(dst + i * dst_stride, a[i]);
+            nf_v16_store(dst + i * dst_stride, a[i]);
 }
 
 /* x from lane n on, below it `other`; n from 0 to the number of lanes. */
-NF_INLINE NF_AVX512 nf_avx512_t nf_avx512_from(nf_avx512_t other, nf_avx512_t x, int n)
+NF_INLINE NF_V16 nf_v16_t nf_v16_from(nf_v16_t other, nf_v16_t x, int n)
 {
     return _mm512_mask_mov_ps(other, (__mmask16)(0xffffu << n), x);
 }
 
 /* Is any lane above the limit, or NaN? */
-NF_INLINE NF_AVX512 int nf_avx512_above(nf_avx512_t x, float limit)
+NF_INLINE NF_V16 int nf_v16_above(nf_v16_t x, float limit)
 {
     return _mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_NLE_UQ) != 0;
 }
 
-NF_INLINE NF_AVX512 nf_avx512_t nf_avx512_floor(nf_avx512_t x)
+NF_INLINE NF_V16 nf_v16_t nf_v16_floor(nf_v16_t x)
 {
     return _mm512_maskz_roundscale_ps(NF_ALL16, x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 }
 
-#define NF_AVX2 __attribute__((target("avx2,fma")))
-#define NF_AVX2_LANES 8
-typedef __m256 nf_avx2_t;
+#define NF_V8 __attribute__((target("avx2,fma")))
+#define NF_V8_LANES 8
+typedef __m256 nf_v8_t;
 
-NF_INLINE NF_AVX2 nf_avx2_t nf_avx2_load(const float *p)
+NF_INLINE NF_V8 nf_v8_t nf_v8_load(const float *p)
 {
     return _mm256_loadu_ps(p);
 }
 
-NF_INLINE NF_AVX2 void nf_avx2_store(float *p, nf_avx2_t x)
+NF_INLINE NF_V8 void nf_v8_store(float *p, nf_v8_t x)
 {
     _mm256_storeu_ps(p, x);
 }
 
-NF_INLINE NF_AVX2 __m256i nf_avx2_below(int n)
+NF_INLINE NF_V8 __m256i nf_v8_below(int n)
 {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-NF_INLINE NF_AVX2 nf_avx2_t nf_avx2_get(const float *p, int n)
+NF_INLINE NF_V8 nf_v8_t nf_v8_get(const float *p, int n)
 {
-    return n >= 8 ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, nf_avx2_below(n));
+    return n >= 8 ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, nf_v8_below(n));
 }
 
-NF_INLINE NF_AVX2 void nf_avx2_put(float *p, nf_avx2_t x, int n)
+NF_INLINE NF_V8 void nf_v8_put(float *p, nf_v8_t x, int n)
 {
     if (n >= 8)
         _mm256_storeu_ps(p, x);
     else if (n > 0)
-        _mm256_maskstore_ps(p, nf_avx2_below(n), x);
+        _mm256_maskstore_ps(p, nf_v8_below(n), x);
 }
 
-NF_INLINE NF_AVX2 nf_avx2_t nf_avx2_set(float x)
+NF_INLINE NF_V8 nf_v8_t nf_v8_set(float x)
 {
     return _mm256_set1_ps(x);
 }
 
-NF_ARITHMETIC(NF_AVX2, nf_avx2_t, nf_avx2_add, nf_avx2_sub, nf_avx2_mul)
+NF_ARITHMETIC(NF_V8, nf_v8_t, nf_v8_add, nf_v8_sub, nf_v8_mul)
 
-NF_INLINE NF_AVX2 nf_avx2_t nf_avx2_fma(nf_avx2_t a, nf_avx2_t b, nf_avx2_t c)
+NF_INLINE NF_V8 nf_v8_t nf_v8_fma(nf_v8_t a, nf_v8_t b, nf_v8_t c)
 {
     return _mm256_fmadd_ps(a, b, c);
 }
 
-NF_INLINE NF_AVX2 nf_avx2_t nf_avx2_max(nf_avx2_t a, nf_avx2_t b)
+NF_INLINE NF_V8 nf_v8_t nf_v8_max(nf_v8_t a, nf_v8_t b)
 {
     return _mm256_max_ps(a, b);
 }
 
-NF_INLINE NF_AVX2 nf_avx2_t nf_avx2_min(nf_avx2_t a, nf_avx2_t b)
+NF_INLINE NF_V8 nf_v8_t nf_v8_min(nf_v8_t a, nf_v8_t b)
 {
     return _mm256_min_ps(a, b);
 }
 
-NF_INLINE NF_AVX2 float nf_avx2_sum(nf_avx2_t x)
+NF_INLINE NF_V8 float nf_v8_sum(nf_v8_t x)
 {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
-NF_INLINE NF_AVX2 double nf_avx2_total(nf_avx2_t x)
+NF_INLINE NF_V8 double nf_v8_total(nf_v8_t x)
 {
     const __m256d s = _mm256_cvtps_pd(_mm256_castps256_ps128(x)) + _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
     return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
-NF_INLINE NF_AVX2 nf_avx2_t nf_avx2_exp2(nf_avx2_t x)
+NF_INLINE NF_V8 nf_v8_t nf_v8_exp2(nf_v8_t x)
 {
-    const nf_avx2_t y =
-        _mm256_max_ps(_mm256_set1_ps(NF_EXP2_LOWEST), _mm256_min_ps(_mm256_set1_ps(NF_EXP2_HIGHEST), x));
+    const nf_v8_t y = _mm256_max_ps(_mm256_set1_ps(NF_EXP2_LOWEST), _mm256_min_ps(_mm256_set1_ps(NF_EXP2_HIGHEST), x));
     const __m256i n = _mm256_cvtps_epi32(y);
-    const nf_avx2_t f = y - _mm256_cvtepi32_ps(n);
-    nf_avx2_t p = _mm256_set1_ps(NF_EXP2_C6);
+    const nf_v8_t f = y - _mm256_cvtepi32_ps(n);
+    nf_v8_t p = _mm256_set1_ps(NF_EXP2_C6);
     p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(NF_EXP2_C5));
     p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(NF_EXP2_C4));
     p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(NF_EXP2_C3));
@@ -271,13 +270,13 @@ NF_INLINE NF_AVX2 nf_avx2_t nf_avx2_exp2(nf_avx2_t x)
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(n, 23)));
 }
 
-NF_INLINE NF_AVX2 void nf_avx2_transpose(float *dst, int dst_stride, const float *src, int src_stride, int dims)
+NF_INLINE NF_V8 void nf_v8_transpose(float *dst, int dst_stride, const float *src, int src_stride, int dims)
 {
-    nf_avx2_t a[8], b[8];
+    nf_v8_t a[8], b[8];
     (void)dims; /* always 8: head dims are multiples of 8 */
     NF_UNROLL
     for (int i = 0; i < 8; i++)
-        a[i] = nf_avx2_load(src + i * src_stride);
+        a[i] = nf_v8_load(src + i * src_stride);
     NF_UNROLL
     for (int i = 0; i < 8; i += 4) { /* 4 x 4 within every 128 bits */
         const __m256d x = _mm256_castps_pd(_mm256_unpacklo_ps(a[i], a[i + 1]));
@@ -291,22 +290,22 @@ NF_INLINE NF_AVX2 void nf_avx2_transpose(float *dst, int dst_stride, const float
     }
     NF_UNROLL
     for (int i = 0; i < 4; i++) {
-        nf_avx2_store(dst + i * dst_stride, _mm256_permute2f128_ps(b[i], b[i + 4], 0x20));
-        nf_avx2_store(dst + (i + 4) * dst_stride, _mm256_permute2f128_ps(b[i], b[i + 4], 0x31));
+        nf_v8_store(dst + i * dst_stride, _mm256_permute2f128_ps(b[i], b[i + 4], 0x20));
+        nf_v8_store(dst + (i + 4) * dst_stride, _mm256_permute2f128_ps(b[i], b[i + 4], 0x31));
     }
 }
 
-NF_INLINE NF_AVX2 nf_avx2_t nf_avx2_from(nf_avx2_t other, nf_avx2_t x, int n)
+NF_INLINE NF_V8 nf_v8_t nf_v8_from(nf_v8_t other, nf_v8_t x, int n)
 {
-    return _mm256_blendv_ps(x, other, _mm256_castsi256_ps(nf_avx2_below(n)));
+    return _mm256_blendv_ps(x, other, _mm256_castsi256_ps(nf_v8_below(n)));
 }
 
-NF_INLINE NF_AVX2 int nf_avx2_above(nf_avx2_t x, float limit)
+NF_INLINE NF_V8 int nf_v8_above(nf_v8_t x, float limit)
 {
     return _mm256_movemask_ps(_mm256_cmp_ps(x, _mm256_set1_ps(limit), _CMP_NLE_UQ)) != 0;
 }
 
-NF_INLINE NF_AVX2 nf_avx2_t nf_avx2_floor(nf_avx2_t x)
+NF_INLINE NF_V8 nf_v8_t nf_v8_floor(nf_v8_t x)
 {
     return _mm256_floor_ps(x);
 }
