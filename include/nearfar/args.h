@@ -5,7 +5,6 @@
 #include <string.h>
 
 #define NF_INLINE static inline __attribute__((always_inline, unused))
-#define NF_PREFETCH(p) __builtin_prefetch(p)
 
 #define NF_MAGIC_PROJECTION 0x5046524eu /* "NRFP" */
 #define NF_MAGIC_STATE 0x5346524eu      /* "NRFS" */

@@ -326,26 +326,57 @@ NF_INLINE int nf_beyond(float x, float limit)
 #if defined(__aarch64__)
 #define NF_NEON
 #include <arm_neon.h>
-
 typedef float32x4_t nf_v4_t;
+#else
+typedef float nf_v4_t __attribute__((vector_size(16)));
+typedef int32_t nf_v4_int __attribute__((vector_size(16)));
+#endif
+typedef float nf_v4_unaligned __attribute__((vector_size(16), aligned(4), may_alias));
 
 NF_INLINE nf_v4_t nf_v4_load(const float *p)
 {
-    return vld1q_f32(p);
+    return *(const nf_v4_unaligned *)(const void *)p;
 }
 
 NF_INLINE void nf_v4_store(float *p, nf_v4_t x)
 {
-    vst1q_f32(p, x);
+    *(nf_v4_unaligned *)(void *)p = x;
 }
 
 NF_INLINE nf_v4_t nf_v4_set(float x)
 {
-    return vdupq_n_f32(x);
+    const nf_v4_t y = {x, x, x, x};
+    return y;
 }
 
 NF_ARITHMETIC(NF_NOTHING, nf_v4_t, nf_v4_add, nf_v4_sub, nf_v4_mul)
 
+NF_INLINE float nf_v4_sum(nf_v4_t x)
+{
+    float lane[4];
+    nf_v4_store(lane, x);
+    return (lane[0] + lane[2]) + (lane[1] + lane[3]);
+}
+
+NF_INLINE int nf_v4_above(nf_v4_t x, float limit)
+{
+    float lane[4];
+    nf_v4_store(lane, x);
+    return nf_beyond(lane[0], limit) || nf_beyond(lane[1], limit) || nf_beyond(lane[2], limit) ||
+           nf_beyond(lane[3], limit);
+}
+
+NF_INLINE nf_v4_t nf_v4_from(nf_v4_t other, nf_v4_t x, int n)
+{
+    float lane[4], below[4];
+    nf_v4_store(lane, x);
+    nf_v4_store(below, other);
+    for (int i = 0; i < 4 && i < n; i++)
+        lane[i] = below[i];
+    return nf_v4_load(lane);
+}
+
+#if defined(NF_NEON)
 NF_INLINE nf_v4_t nf_v4_fma(nf_v4_t a, nf_v4_t b, nf_v4_t c)
 {
     return vfmaq_f32(c, a, b);
@@ -359,11 +390,6 @@ NF_INLINE nf_v4_t nf_v4_max(nf_v4_t a, nf_v4_t b)
 NF_INLINE nf_v4_t nf_v4_min(nf_v4_t a, nf_v4_t b)
 {
     return vminq_f32(a, b);
-}
-
-NF_INLINE float nf_v4_sum(nf_v4_t x)
-{
-    return vaddvq_f32(x);
 }
 
 NF_INLINE nf_v4_t nf_v4_exp2(nf_v4_t x)
@@ -392,44 +418,11 @@ NF_INLINE void nf_v4_transpose(float *dst, int dst_stride, const float *src, int
     nf_v4_store(dst + 3 * dst_stride, vcombine_f32(vget_high_f32(x.val[1]), vget_high_f32(y.val[1])));
 }
 
-NF_INLINE nf_v4_t nf_v4_from(nf_v4_t other, nf_v4_t x, int n)
-{
-    const int32_t lanes[4] = {0, 1, 2, 3};
-    return vbslq_f32(vcgeq_s32(vld1q_s32(lanes), vdupq_n_s32(n)), x, other);
-}
-
-NF_INLINE int nf_v4_above(nf_v4_t x, float limit)
-{
-    return vminvq_u32(vcleq_f32(x, vdupq_n_f32(limit))) == 0;
-}
-
 NF_INLINE nf_v4_t nf_v4_floor(nf_v4_t x)
 {
     return vrndmq_f32(x);
 }
 #else
-typedef float nf_v4_t __attribute__((vector_size(16)));
-typedef float nf_v4_unaligned __attribute__((vector_size(16), aligned(4), may_alias));
-typedef int32_t nf_v4_int __attribute__((vector_size(16)));
-
-NF_INLINE nf_v4_t nf_v4_load(const float *p)
-{
-    return *(const nf_v4_unaligned *)(const void *)p;
-}
-
-NF_INLINE void nf_v4_store(float *p, nf_v4_t x)
-{
-    *(nf_v4_unaligned *)(void *)p = x;
-}
-
-NF_INLINE nf_v4_t nf_v4_set(float x)
-{
-    const nf_v4_t y = {x, x, x, x};
-    return y;
-}
-
-NF_ARITHMETIC(NF_NOTHING, nf_v4_t, nf_v4_add, nf_v4_sub, nf_v4_mul)
-
 /* where ? a : b, lane by lane; where is all ones or all zeros. */
 NF_INLINE nf_v4_t nf_v4_select(nf_v4_int where, nf_v4_t a, nf_v4_t b)
 {
@@ -467,21 +460,6 @@ NF_INLINE nf_v4_t nf_v4_fma(nf_v4_t a, nf_v4_t b, nf_v4_t c)
     return nf_v4_add(nf_v4_mul(a, b), c);
 }
 
-NF_INLINE float nf_v4_sum(nf_v4_t x)
-{
-    float lane[4];
-    nf_v4_store(lane, x);
-    return (lane[0] + lane[2]) + (lane[1] + lane[3]);
-}
-
-NF_INLINE int nf_v4_above(nf_v4_t x, float limit)
-{
-    float lane[4];
-    nf_v4_store(lane, x);
-    return nf_beyond(lane[0], limit) || nf_beyond(lane[1], limit) || nf_beyond(lane[2], limit) ||
-           nf_beyond(lane[3], limit);
-}
-
 /* Beyond 2^23 every float is whole. */
 NF_INLINE nf_v4_t nf_v4_floor(nf_v4_t x)
 {
@@ -515,16 +493,6 @@ NF_INLINE void nf_v4_transpose(float *dst, int dst_stride, const float *src, int
     for (int t = 0; t < 4; t++)
         for (int d = 0; d < dims; d++)
             dst[d * dst_stride + t] = src[t * src_stride + d];
-}
-
-NF_INLINE nf_v4_t nf_v4_from(nf_v4_t other, nf_v4_t x, int n)
-{
-    float lane[4], below[4];
-    nf_v4_store(lane, x);
-    nf_v4_store(below, other);
-    for (int i = 0; i < 4 && i < n; i++)
-        lane[i] = below[i];
-    return nf_v4_load(lane);
 }
 #endif
 
