@@ -103,7 +103,7 @@ def row(results: list[Line], name: str, reference: int, seen: list[str]) -> list
     ours, exact = curve(results, name), curve(results, baseline(name))
     main = next((r for r in of(results, "speed", contract=name, tokens=reference)), {})
     error = next((r for r in of(results, "error", contract=name, norm=3)), {})
-    cells = [name, str(main.get("variant", "")), form(main.get("ns_med"), ".0f"), form(main.get("percent_med"), ".0f")]
+    cells = [name, str(main.get("variant", "")), form(main.get("ns_med"), ".0f"), form(main.get("percent"), ".0f")]
     cells.append(form(error.get("row"), ".1e"))
     cells += [against_softmax(results, name, source, "full") for source in seen]
     if name == baseline(name):
@@ -142,9 +142,9 @@ def standing(results: list[Line]) -> str:
     """What ./nearfar bench adds: targets, decode, threads, compile time and size."""
     parts: list[list[list[str]]] = []
     speed = of(results, "speed", tokens=4096)
-    parts.append([["speed at 4096", "variant", "ns/token", "min", "% peak", "by min"]])
+    parts.append([["speed at 4096", "variant", "ns/token", "min", "% peak"]])
     parts[-1] += [
-        [r["contract"], r["variant"]] + [form(r.get(k), ".1f") for k in ("ns_med", "ns_min", "percent_med", "percent")]
+        [r["contract"], r["variant"]] + [form(r.get(k), ".1f") for k in ("ns_med", "ns_min", "percent")]
         for r in speed
     ]
     parts.append([["decode, 32 heads", "variant", "cached", "ns/head", "min"]])

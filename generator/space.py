@@ -63,7 +63,9 @@ CPU: dict[str, dict[str, tuple[int, ...]]] = {
     "neon": {"4x4": (32, 64), "8x2": (32, 64), "6x4": (48, 96)},
     "c": {"1x1": (1,)},  # token by token, without tiles
 }
-SPACE = {("favor", "cpu"): CPU, ("exact", "cpu"): CPU}
+# An exact kernel reads every key again for each block of queries: large blocks first.
+EXACT = CPU | {"avx512": {"12x2": (96,), "8x2": (128, 64, 32), "8x3": (96, 48), "4x4": (128, 64)}, "avx2": {"6x2": (96, 48)}}
+SPACE = {("favor", "cpu"): CPU, ("exact", "cpu"): EXACT}
 
 
 def fault(variant: Variant, target: Target) -> str | None:

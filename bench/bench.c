@@ -1,0 +1,684 @@
+/* The bench: how fast and how exact are these kernels on this machine? One JSON object per line and measurement; the
+ * FMA peak is read between the runs that it is compared with.
+ *
+ *     cc -O2 *.c -o bench -lm -lpthread && ./bench --tests speed,error
+ */
+#define _DEFAULT_SOURCE 1
+#define _DARWIN_C_SOURCE 1
+#define _POSIX_C_SOURCE 200809L
+
+#define PROGRAM "bench"
+#include "kernel.h"
+#include "measure.h"
+
+#include <pthread.h>
+
+enum { MAX_SAMPLES = 64, MAX_SUBJECTS = 64, MAX_LIST = 16, DECODE_HEADS = 32, DECODE_BEFORE = 256, SPLIT_HEADS = 8 };
+static const double SAMPLE_SECONDS = 0.004; /* at least, per sample */
+static const double SPLIT_SECONDS = 0.060;  /* with threads: long enough for the system to spread them */
+
+typedef struct options {
+    const char *tests, *contract, *way, *input[MAX_LIST];
+    int64_t tokens[MAX_LIST], cached[MAX_LIST], split_tokens;
+    int lengths, caches, inputs;
+    double seconds; /* per measurement */
+} options;
+
+static options opt = {"speed,error", NULL, "entry", {NULL}, {1024, 4096}, {60, 120, 240}, 4096, 2, 3, 0, 0.25};
+
+/* ---- what is measured ------------------------------------------------------------------------------------------ */
+
+typedef struct subject {
+    const kernel *kernel;
+    const nf_variant *variant;
+    nf_args args;
+    int decode, threads;
+    double (*clock)(void); /* of this thread's work; of the wall where threads are compared */
+    void *workspace[2];
+    size_t bytes;
+    double least; /* seconds per sample */
+    double units; /* what the time is divided by: tokens * heads */
+    int launches, samples;
+    double sample[MAX_SAMPLES];   /* seconds per launch */
+    double possible[MAX_SAMPLES]; /* flop that the peak would have done meanwhile */
+} subject;
+
+typedef nf_status (*attend)(const nf_args *args, void *workspace, size_t bytes);
+
+typedef struct share {
+    attend run;
+    nf_args args;
+    void *workspace;
+    size_t bytes;
+    int launches;
+    nf_status status;
+} share;
+
+static void *run_share(void *data)
+{
+    share *s = (share *)data;
+    for (int i = 0; i < s->launches && s->status == NF_OK; i++)
+        s->status = s->run(&s->args, s->workspace, s->bytes);
+    return NULL;
+}
+
+/* Half of the units on a second thread, the other half on this one. */
+static nf_status run_split(const subject *s, attend run, int launches)
+{
+    const int64_t units = s->args.batch * s->args.heads, half = units / 2;
+    share mine = {run, s->args, s->workspace[0], s->bytes, launches, NF_OK};
+    share other = {run, s->args, s->workspace[1], s->bytes, launches, NF_OK};
+    pthread_t thread;
+    mine.args.split_count = half;
+    other.args.split_begin = half;
+    other.args.split_count = units - half;
+    if (pthread_create(&thread, NULL, run_share, &other) != 0)
+        fail("cannot start a thread");
+    run_share(&mine);
+    pthread_join(thread, NULL);
+    return mine.status != NF_OK ? mine.status : other.status;
+}
+
+/* Seconds per launch. */
+static double run_launches(const subject *s, int launches)
+{
+    const attend run = s->decode ? s->variant->decode : s->variant->forward;
+    const double start = s->clock();
+    share all = {run, s->args, s->workspace[0], s->bytes, launches, NF_OK};
+    if (s->threads > 1)
+        all.status = run_split(s, run, launches);
+    else
+        run_share(&all);
+    if (all.status != NF_OK)
+        fail("%s: %s", s->variant->name, nf_status_text(all.status));
+    return (s->clock() - start) / launches;
+}
+
+static subject subject_new(const kernel *k, const nf_variant *v, const nf_args *args)
+{
+    subject s;
+    memset(&s, 0, sizeof s);
+    s.kernel = k;
+    s.variant = v;
+    s.args = *args;
+    s.threads = 1;
+    s.clock = measure_work;
+    s.least = SAMPLE_SECONDS;
+    s.bytes = k->workspace(NULL);
+    s.workspace[0] = kernel_memory(s.bytes);
+    s.workspace[1] = kernel_memory(s.bytes);
+    s.units = (double)(args->batch * args->heads * args->q_tokens);
+    return s;
+}
+
+static void subject_free(subject *s)
+{
+    free(s->workspace[0]);
+    free(s->workspace[1]);
+}
+
+/* Time all subjects in turn, round after round, so that a change of the clock meets all of them; read the peak of its
+ * target right before and after every sample. possible[i]: flop that the peak would have done in the time of one launch
+ * of subject i (median). */
+static void measure_all(subject *s, int count, double *possible_flop)
+{
+    int rounds = 3;
+    for (int i = 0; i < count; i++) {
+        double once = run_launches(&s[i], 1);
+        once = fmin(once, run_launches(&s[i], 1 + (int)(0.5 * s[i].least / once)));
+        s[i].launches = 1 + (int)(s[i].least / once);
+        rounds = (int)fmax(rounds, opt.seconds / (once * s[i].launches));
+    }
+    rounds = rounds > MAX_SAMPLES ? MAX_SAMPLES : rounds;
+    for (int round = 0; round < rounds; round++) {
+        for (int i = 0; i < count; i++) {
+            const char *target = s[i].variant->target;
+            if (s[i].samples < 3 || s[i].sample[0] * s[i].launches * s[i].samples < opt.seconds) {
+                const double before = measure_peak(target);
+                const double seconds = run_launches(&s[i], s[i].launches), after = measure_peak(target);
+                s[i].possible[s[i].samples] = seconds * (before + after) / 2;
+                s[i].sample[s[i].samples++] = seconds;
+            }
+        }
+    }
+    for (int i = 0; i < count; i++) {
+        double possible[MAX_SAMPLES];
+        memcpy(possible, s[i].possible, sizeof possible);
+        possible_flop[i] = measure_median(possible, s[i].samples);
+    }
+}
+
+/* ---- lines ----------------------------------------------------------------------------------------------------- */
+
+static measure_text line_new(const char *bench, const kernel *k, const nf_variant *v)
+{
+    measure_text t = {NULL, 0, 0};
+    measure_add(&t, "{\"bench\":\"%s\",\"contract\":\"%s\",\"variant\":\"%s\",\"target\":\"%s\"", bench, k->contract,
+                kernel_suffix(k, v), v->target);
+    return t;
+}
+
+static void line_number(measure_text *t, const char *key, double value)
+{
+    measure_add(t, ",");
+    measure_number(t, key, value);
+}
+
+static void line_end(measure_text *t)
+{
+    printf("%s}\n", t->data);
+    fflush(stdout);
+    free(t->data);
+}
+
+/* GEMM flops per token and head. */
+static double flops(const kernel *k, const char *suffix, double tokens)
+{
+    const double d = k->d, m = k->m, t = kernel_chunk(suffix) / 2.0;
+    return k->favor ? 4 * k->rows * d + 4 * m * d + 2 * t * (m + d) : 4 * d * (tokens + 1) / 2;
+}
+
+/* Nanoseconds per unit: the fastest sample and the median. */
+static void line_times(measure_text *t, subject *s, double *fastest)
+{
+    const double median = measure_median(s->sample, s->samples);
+    *fastest = 1e9 * s->sample[0] / s->units;
+    line_number(t, "ns_min", *fastest);
+    line_number(t, "ns_med", 1e9 * median / s->units);
+    measure_add(t, ",\"k\":%d", s->samples);
+}
+
+/* ---- the ways that were asked for ------------------------------------------------------------------------------ */
+
+static int word_in(const char *list, const char *word)
+{
+    const size_t n = strlen(word);
+    for (const char *at = list; at; at = strchr(at, ',') ? strchr(at, ',') + 1 : NULL)
+        if (strcspn(at, ",") == n && strncmp(at, word, n) == 0)
+            return 1;
+    return 0;
+}
+
+/* --way: entry (what the contract's symbol runs), all, a target (its first variant) or a suffix. */
+static int wanted(const kernel *k, int32_t index)
+{
+    int32_t count;
+    const nf_variant *v = k->variants(&count);
+    if (!v[index].supported() || (opt.contract && !word_in(opt.contract, k->contract)))
+        return 0;
+    if (word_in(opt.way, "all") || word_in(opt.way, kernel_suffix(k, &v[index])))
+        return 1;
+    if (word_in(opt.way, "entry") && index == kernel_default(k))
+        return 1;
+    return word_in(opt.way, v[index].target) && (index == 0 || strcmp(v[index - 1].target, v[index].target) != 0);
+}
+
+typedef struct way {
+    const kernel *kernel;
+    const nf_variant *variant;
+    void *projection;
+    float *w;
+} way;
+
+static int ways(way *list)
+{
+    int n = 0;
+    for (int i = 0; i < KERNELS; i++) {
+        int32_t count;
+        const nf_variant *v = kernel_table[i].variants(&count);
+        for (int32_t j = 0; j < count && n < MAX_SUBJECTS; j++)
+            if (wanted(&kernel_table[i], j)) {
+                list[n].kernel = &kernel_table[i];
+                list[n].variant = &v[j];
+                list[n].projection = kernel_projection(&kernel_table[i], 1, &list[n].w);
+                n++;
+            }
+    }
+    return n;
+}
+
+/* ---- arrays ---------------------------------------------------------------------------------------------------- */
+
+typedef struct arrays {
+    float *q, *k, *v, *out;
+} arrays;
+
+static arrays arrays_new(int64_t q_rows, int64_t kv_rows, int d, double norm)
+{
+    arrays a = {kernel_floats(q_rows * d), kernel_floats(kv_rows * d), kernel_floats(kv_rows * d),
+                kernel_floats(q_rows * d)};
+    oracle_inputs(ORACLE_CONSTANT, norm, 0, 5, d, q_rows, kv_rows, a.q, a.k, a.v);
+    return a;
+}
+
+static void arrays_free(arrays *a)
+{
+    free(a->q);
+    free(a->k);
+    free(a->v);
+    free(a->out);
+}
+
+/* ---- speed ----------------------------------------------------------------------------------------------------- */
+
+/* Every way at one length; heads so many that all lengths up to 4096 do about the same work. */
+static void speed_at(const way *list, int count, int64_t tokens)
+{
+    static subject s[MAX_SUBJECTS];
+    static arrays data[MAX_SUBJECTS];
+    const int64_t heads = tokens < 4096 ? 4096 / tokens : 1;
+    double possible[MAX_SUBJECTS], fastest;
+    for (int i = 0; i < count; i++) {
+        const way *w = &list[i];
+        nf_args a;
+        data[i] = arrays_new(tokens * heads, tokens * heads, w->kernel->d, 3);
+        a = kernel_args(1, tokens, heads, data[i].q, data[i].k, data[i].v, data[i].out, w->projection);
+        s[i] = subject_new(w->kernel, w->variant, &a);
+    }
+    measure_all(s, count, possible);
+    for (int i = 0; i < count; i++) {
+        measure_text t = line_new("speed", list[i].kernel, list[i].variant);
+        const double work = flops(list[i].kernel, kernel_suffix(list[i].kernel, list[i].variant), (double)tokens);
+        measure_add(&t, ",\"tokens\":%lld,\"heads\":%lld", (long long)tokens, (long long)heads);
+        line_times(&t, &s[i], &fastest);
+        line_number(&t, "flops", work);
+        line_number(&t, "peak", 1e-9 * possible[i] / measure_median(s[i].sample, s[i].samples));
+        line_number(&t, "percent", 1e2 * work * s[i].units / possible[i]);
+        line_end(&t);
+        subject_free(&s[i]);
+        arrays_free(&data[i]);
+    }
+}
+
+/* ---- error against fp64 ---------------------------------------------------------------------------------------- */
+
+static void error_at(const way *w, int64_t tokens, double norm)
+{
+    enum { HEADS = 2 };
+    const int d = w->kernel->d;
+    arrays data = arrays_new(tokens * HEADS, tokens * HEADS, d, norm);
+    const nf_args a = kernel_args(1, tokens, HEADS, data.q, data.k, data.v, data.out, w->projection);
+    double *ref = oracle_doubles((size_t)(tokens * d));
+    subject s = subject_new(w->kernel, w->variant, &a);
+    measure_text t = line_new("error", w->kernel, w->variant);
+    double row = 0, length = 0;
+    run_launches(&s, 1);
+    for (int h = 0; h < HEADS; h++) {
+        const oracle_head head = kernel_head(w->kernel, tokens, HEADS, HEADS, h, data.q, data.k, data.v, w->w);
+        oracle_error e;
+        kernel_oracle(w->kernel, &head, ref, NULL);
+        e = oracle_compare(data.out + h * d, HEADS * d, ref, tokens, d);
+        row = fmax(row, e.row);
+        length = fmax(length, e.length / oracle_v_norm(&head));
+    }
+    measure_add(&t, ",\"tokens\":%lld", (long long)tokens);
+    line_number(&t, "norm", norm);
+    line_number(&t, "row", row);
+    line_number(&t, "scaled", length);
+    line_end(&t);
+    subject_free(&s);
+    arrays_free(&data);
+    free(ref);
+}
+
+/* ---- decode ---------------------------------------------------------------------------------------------------- */
+
+/* favor: one token against a state that has seen some; the state goes on growing, its size does not. */
+static subject decode_favor(const way *w, arrays *data)
+{
+    nf_args a = kernel_args(1, DECODE_BEFORE, DECODE_HEADS, data->q, data->k, data->v, data->out, w->projection);
+    subject s = subject_new(w->kernel, w->variant, &a);
+    s.args.state = kernel_memory(w->kernel->state_bytes(&a));
+    if (w->kernel->state_reset(&s.args) != NF_OK)
+        fail("%s: state_reset failed", w->kernel->name);
+    run_launches(&s, 1);
+    s.args.q_tokens = 1;
+    s.decode = 1;
+    s.units = DECODE_HEADS;
+    return s;
+}
+
+/* exact: one query against `cached` keys, every head's cache in one piece. */
+static subject decode_exact(const way *w, arrays *data, int64_t cached)
+{
+    const int64_t d = w->kernel->d;
+    nf_args a = kernel_args(1, 1, DECODE_HEADS, data->q, data->k, data->v, data->out, NULL);
+    a.kv_tokens = cached;
+    a.k.token_stride = a.v.token_stride = d;
+    a.k.head_stride = a.v.head_stride = cached * d;
+    {
+        subject s = subject_new(w->kernel, w->variant, &a);
+        s.decode = 1;
+        return s;
+    }
+}
+
+static void decode(const way *list, int count)
+{
+    static subject s[MAX_SUBJECTS];
+    static arrays data[MAX_SUBJECTS];
+    const way *of[MAX_SUBJECTS];
+    double possible[MAX_SUBJECTS], fastest;
+    int n = 0;
+    for (int i = 0; i < count; i++)
+        for (int c = 0; c < (list[i].kernel->favor ? 1 : opt.caches) && n < MAX_SUBJECTS; c++, n++) {
+            const int64_t cached = list[i].kernel->favor ? DECODE_BEFORE : opt.cached[c];
+            of[n] = &list[i];
+            data[n] = arrays_new(DECODE_BEFORE * DECODE_HEADS, cached * DECODE_HEADS, list[i].kernel->d, 3);
+            s[n] = list[i].kernel->favor ? decode_favor(&list[i], &data[n]) : decode_exact(&list[i], &data[n], cached);
+        }
+    measure_all(s, n, possible);
+    for (int i = 0; i < n; i++) {
+        measure_text t = line_new("decode", of[i]->kernel, of[i]->variant);
+        measure_add(&t, ",\"heads\":%d,\"cached\":%lld", DECODE_HEADS,
+                    (long long)(of[i]->kernel->favor ? 0 : s[i].args.kv_tokens));
+        line_times(&t, &s[i], &fastest);
+        line_end(&t);
+        free(s[i].args.state);
+        subject_free(&s[i]);
+        arrays_free(&data[i]);
+    }
+}
+
+/* ---- two threads ----------------------------------------------------------------------------------------------- */
+
+static void splits(const way *w)
+{
+    const int64_t rows = opt.split_tokens * SPLIT_HEADS;
+    arrays data[2] = {arrays_new(rows, rows, w->kernel->d, 3), arrays_new(rows, rows, w->kernel->d, 3)};
+    subject s[2];
+    double possible[2], one, two;
+    measure_text t = line_new("splits", w->kernel, w->variant);
+    for (int i = 0; i < 2; i++) {
+        const nf_args a =
+            kernel_args(1, opt.split_tokens, SPLIT_HEADS, data[i].q, data[i].k, data[i].v, data[i].out, w->projection);
+        s[i] = subject_new(w->kernel, w->variant, &a);
+        s[i].threads = i + 1;
+        s[i].clock = measure_now;
+        s[i].least = SPLIT_SECONDS;
+    }
+    measure_all(s, 2, possible);
+    one = measure_median(s[0].sample, s[0].samples);
+    two = measure_median(s[1].sample, s[1].samples);
+    measure_add(&t, ",\"tokens\":%lld,\"heads\":%d", (long long)opt.split_tokens, SPLIT_HEADS);
+    line_number(&t, "ns_one", 1e9 * s[0].sample[0] / s[0].units);
+    line_number(&t, "ns_two", 1e9 * s[1].sample[0] / s[1].units);
+    line_number(&t, "speedup", s[0].sample[0] / s[1].sample[0]);
+    line_number(&t, "speedup_med", one / two);
+    line_end(&t);
+    for (int i = 0; i < 2; i++) {
+        subject_free(&s[i]);
+        arrays_free(&data[i]);
+    }
+}
+
+/* ---- real input: error against exact softmax ------------------------------------------------------------------- */
+
+/* A file of four int64 (batch, tokens, heads, dim), then q, k and v as floats [batch][token][head][dim]. */
+typedef struct input {
+    int64_t batch, tokens, heads, dim;
+    float *q, *k, *v;
+    double *exact[2]; /* by mask: [batch][head][token][dim] */
+} input;
+
+static input input_read(const char *path)
+{
+    input in;
+    int64_t sizes[4] = {0, 0, 0, 0}, count;
+    FILE *f = fopen(path, "rb");
+    memset(&in, 0, sizeof in);
+    if (!f || fread(sizes, sizeof *sizes, 4, f) != 4)
+        fail("cannot read '%s'", path);
+    in.batch = sizes[0];
+    in.tokens = sizes[1];
+    in.heads = sizes[2];
+    in.dim = sizes[3];
+    count = in.batch * in.tokens * in.heads * in.dim;
+    if (count < 1 || count > (1 << 28))
+        fail("'%s': bad sizes", path);
+    in.q = kernel_floats(count);
+    in.k = kernel_floats(count);
+    in.v = kernel_floats(count);
+    if (fread(in.q, sizeof(float), (size_t)count, f) != (size_t)count ||
+        fread(in.k, sizeof(float), (size_t)count, f) != (size_t)count ||
+        fread(in.v, sizeof(float), (size_t)count, f) != (size_t)count)
+        fail("'%s': it ends too early", path);
+    fclose(f);
+    return in;
+}
+
+/* Where a head of a batch entry begins. */
+static int64_t input_at(const input *in, int64_t batch, int64_t head)
+{
+    return batch * in->tokens * in->heads * in->dim + head * in->dim;
+}
+
+static oracle_head input_head(const kernel *k, const input *in, int64_t batch, int64_t head, int mask)
+{
+    const int64_t at = batch * in->tokens * in->heads * in->dim;
+    oracle_head h = kernel_head(k, in->tokens, in->heads, in->heads, head, in->q + at, in->k + at, in->v + at, NULL);
+    h.full = mask;
+    return h;
+}
+
+static void input_solve(const kernel *k, input *in)
+{
+    for (int mask = 0; mask < 2 && !in->exact[mask]; mask++) {
+        in->exact[mask] = oracle_doubles((size_t)(in->batch * in->heads * in->tokens * in->dim));
+        for (int64_t b = 0; b < in->batch; b++)
+            for (int64_t h = 0; h < in->heads; h++) {
+                const oracle_head head = input_head(k, in, b, h, mask);
+                oracle_exact(&head, in->exact[mask] + (b * in->heads + h) * in->tokens * in->dim, NULL);
+            }
+    }
+}
+
+/* Mean over the heads of |out - exact|_F / |exact|_F, and the largest. */
+static double input_error(const input *in, const float *out, int mask, double *worst)
+{
+    double sum = 0;
+    *worst = 0;
+    for (int64_t b = 0; b < in->batch; b++)
+        for (int64_t h = 0; h < in->heads; h++) {
+            const double *ref = in->exact[mask] + (b * in->heads + h) * in->tokens * in->dim;
+            const oracle_error e =
+                oracle_compare(out + input_at(in, b, h), in->heads * in->dim, ref, in->tokens, (int)in->dim);
+            sum += e.mean;
+            *worst = fmax(*worst, e.mean);
+        }
+    return sum / (double)(in->batch * in->heads);
+}
+
+/* What a plain average of the visible values would give: the error to stay well below. */
+static double input_uniform(const input *in, int mask)
+{
+    const int64_t row = in->heads * in->dim;
+    float *out = kernel_floats(in->batch * in->tokens * row);
+    double worst, error;
+    for (int64_t b = 0; b < in->batch; b++)
+        for (int64_t x = 0; x < row; x++) {
+            const float *v = in->v + b * in->tokens * row + x;
+            double sum = 0;
+            for (int64_t t = 0; t < in->tokens; t++) {
+                sum += (double)v[t * row];
+                out[(b * in->tokens + t) * row + x] = (float)(sum / (double)(t + 1));
+            }
+            for (int64_t t = 0; mask && t < in->tokens; t++)
+                out[(b * in->tokens + t) * row + x] = (float)(sum / (double)in->tokens);
+        }
+    error = input_error(in, out, mask, &worst);
+    free(out);
+    return error;
+}
+
+enum { PLAIN, BALANCED, CALIBRATED, FITS };
+static const char *const fit_name[] = {"plain", "balanced", "calibrated"};
+
+/* One projection per head. Calibrations are fitted to the first half of the tokens and judged on all of them. */
+static char *input_projections(const kernel *k, const input *in, uint64_t seed, int fit)
+{
+    const size_t bytes = k->projection_bytes();
+    char *p = (char *)kernel_memory((size_t)in->heads * bytes);
+    for (int64_t h = 0; h < in->heads; h++) {
+        nf_calibration c;
+        memset(&c, 0, sizeof c);
+        c.q = in->q + h * in->dim;
+        c.k = in->k + h * in->dim;
+        c.q_tokens = c.k_tokens = (in->tokens + 1) / 2;
+        c.q_stride = c.k_stride = in->heads * in->dim;
+        c.tau = fit == BALANCED ? 1.0f : 0.0f;
+        if (k->projection_init(p + (size_t)h * bytes, seed, fit == PLAIN ? NULL : &c) != NF_OK)
+            fail("%s: projection_init failed", k->name);
+    }
+    return p;
+}
+
+/* The error of one fit, averaged over a few seeds of the projection. */
+static double input_fit(const way *w, const input *in, int mask, int fit, double *worst)
+{
+    enum { SEEDS = 3 };
+    const kernel *k = w->kernel;
+    float *out = kernel_floats(in->batch * in->tokens * in->heads * in->dim);
+    double sum = 0, largest = 0;
+    for (uint64_t seed = 1; seed <= SEEDS; seed++) {
+        char *projections = k->favor ? input_projections(k, in, seed, fit) : NULL;
+        nf_args a = kernel_args(in->batch, in->tokens, in->heads, in->q, in->k, in->v, out, projections);
+        subject s;
+        a.projection_stride = k->favor ? k->projection_bytes() : 0;
+        a.mask = mask;
+        s = subject_new(k, w->variant, &a);
+        run_launches(&s, 1);
+        sum += input_error(in, out, mask, worst);
+        largest = fmax(largest, *worst);
+        subject_free(&s);
+        free(projections);
+    }
+    *worst = largest;
+    free(out);
+    return sum / SEEDS;
+}
+
+static void real_input(const way *w, input *in, const char *name)
+{
+    if (in->dim != w->kernel->d)
+        return;
+    input_solve(w->kernel, in);
+    for (int mask = 0; mask < 2; mask++) {
+        measure_text t = line_new("input", w->kernel, w->variant);
+        measure_add(&t, ",\"input\":");
+        measure_string(&t, name);
+        measure_add(&t, ",\"mask\":\"%s\",\"tokens\":%lld,\"heads\":%lld", mask ? "full" : "causal",
+                    (long long)in->tokens, (long long)in->heads);
+        line_number(&t, "uniform", input_uniform(in, mask));
+        for (int fit = 0; fit < (w->kernel->favor ? FITS : 1); fit++) {
+            double worst;
+            char key[32];
+            line_number(&t, fit_name[fit], input_fit(w, in, mask, fit, &worst));
+            snprintf(key, sizeof key, "%s_worst", fit_name[fit]);
+            line_number(&t, key, worst);
+        }
+        line_end(&t);
+    }
+}
+
+/* ---- command line ---------------------------------------------------------------------------------------------- */
+
+static const char usage[] =
+    "usage: bench [--tests speed,error,decode,splits,input] [--contract NAME,...] [--way entry|all|TARGET|SUFFIX,...]\n"
+    "             [--tokens N,...] [--cached N,...] [--seconds PER_MEASUREMENT] [--input FILE]...\n";
+
+static int numbers(const char *option, const char *text, int64_t *list)
+{
+    int n = 0;
+    for (const char *at = text; n < MAX_LIST; at++) {
+        char *end;
+        const long x = strtol(at, &end, 10);
+        if (end == at || x < 1 || x > (1 << 20) || (*end && *end != ','))
+            break;
+        list[n++] = x;
+        at = end;
+        if (!*at)
+            return n;
+    }
+    fail("option %s = '%s': must be up to %d numbers from 1 to 1048576, separated by commas", option, text, MAX_LIST);
+}
+
+static void parse(int count, char **words)
+{
+    for (int i = 1; i < count; i += 2) {
+        const char *word = words[i], *value = i + 1 < count ? words[i + 1] : NULL;
+        if (strcmp(word, "--help") == 0) {
+            fputs(usage, stdout);
+            exit(0);
+        }
+        if (!value)
+            fail("option '%s': its value is missing, see --help", word);
+        else if (strcmp(word, "--tests") == 0)
+            opt.tests = value;
+        else if (strcmp(word, "--contract") == 0)
+            opt.contract = value;
+        else if (strcmp(word, "--way") == 0)
+            opt.way = value;
+        else if (strcmp(word, "--tokens") == 0)
+            opt.lengths = numbers(word, value, opt.tokens);
+        else if (strcmp(word, "--cached") == 0)
+            opt.caches = numbers(word, value, opt.cached);
+        else if (strcmp(word, "--seconds") == 0)
+            opt.seconds = atof(value);
+        else if (strcmp(word, "--input") == 0 && opt.inputs < MAX_LIST)
+            opt.input[opt.inputs++] = value;
+        else
+            fail("option '%s': unknown, see --help", word);
+    }
+}
+
+/* A file's name without folder and ending. */
+static void bare_name(const char *path, char *name, size_t size)
+{
+    const char *slash = strrchr(path, '/');
+    snprintf(name, size, "%s", slash ? slash + 1 : path);
+    name[strcspn(name, ".")] = 0;
+}
+
+int main(int count, char **words)
+{
+    static way list[MAX_SUBJECTS];
+    const measure_device device = measure_describe();
+    measure_text t = {NULL, 0, 0};
+    int n;
+    parse(count, words);
+    n = ways(list);
+    measure_add(&t, "{\"bench\":\"device\",\"device\":");
+    measure_device_json(&t, &device);
+    measure_add(&t, ",\"toolchain\":");
+    measure_string(&t, MEASURE_COMPILER);
+    line_end(&t);
+    for (int i = 0; i < opt.lengths && word_in(opt.tests, "speed"); i++)
+        speed_at(list, n, opt.tokens[i]);
+    for (int i = 0; i < n && word_in(opt.tests, "error"); i++) {
+        error_at(&list[i], 1000, 3);
+        error_at(&list[i], 1000, 10);
+        error_at(&list[i], 1000, 40);
+    }
+    if (word_in(opt.tests, "decode"))
+        decode(list, n);
+    for (int i = 0; i < n && word_in(opt.tests, "splits"); i++)
+        splits(&list[i]);
+    for (int f = 0; f < opt.inputs && word_in(opt.tests, "input"); f++) {
+        char name[64];
+        input in = input_read(opt.input[f]);
+        bare_name(opt.input[f], name, sizeof name);
+        for (int i = 0; i < n; i++)
+            real_input(&list[i], &in, name);
+        free(in.q);
+        free(in.k);
+        free(in.v);
+        free(in.exact[0]);
+        free(in.exact[1]);
+    }
+    for (int i = 0; i < n; i++) {
+        free(list[i].projection);
+        free(list[i].w);
+    }
+    return 0;
+}

@@ -1,0 +1,351 @@
+/* A call under test: its buffers, its inputs, its reference. Every buffer stands between guard bytes and starts out as
+ * NaN (all bits set), so what is read without being given and what is written without being due both show. */
+#ifndef CALL_H
+#define CALL_H
+
+#include "kernels.h"
+#include "oracle.h"
+
+#ifndef QUICK
+#define QUICK 0 /* 1: shorter lengths, for emulators and sanitizers */
+#endif
+
+#if defined(__SANITIZE_ADDRESS__)
+enum { GUARD = 0 }; /* the sanitizer's own zones are sharper */
+#else
+enum { GUARD = 256 };
+#endif
+
+#define BLANK 0xff
+
+typedef struct block {
+    unsigned char *base, *data;
+    size_t bytes, before; /* before: guard bytes in front of data */
+} block;
+
+/* bytes of memory at a multiple of 64 plus `off`. */
+static inline block block_make(size_t bytes, size_t off)
+{
+    void *base;
+    block b = {NULL, NULL, bytes, GUARD + off};
+    if (posix_memalign(&base, 64, b.before + bytes + GUARD + 1))
+        abort();
+    memset(base, BLANK, b.before + bytes + GUARD + 1);
+    b.base = (unsigned char *)base;
+    b.data = b.base + b.before;
+    return b;
+}
+
+static inline void block_free(block *b)
+{
+    free(b->base);
+    memset(b, 0, sizeof *b);
+}
+
+static inline int blank(const unsigned char *p, size_t n)
+{
+    while (n && p[--n] == BLANK)
+        ;
+    return n == 0;
+}
+
+static inline int block_intact(const block *b)
+{
+    return !b->base || (blank(b->base, b->before) && blank(b->data + b->bytes, GUARD));
+}
+
+/* ---- a call ------------------------------------------------------------------------------------------------------ */
+
+typedef struct shape {
+    int64_t batch, heads, kv_heads, q_tokens, kv_tokens; /* 0: 1, 1, heads, 0, q_tokens */
+    int full, odd;                                       /* odd: every tensor has its own odd strides, off by 4 bytes */
+    float scale;
+    const int32_t *cu_tokens;
+    int64_t sequences;
+    oracle_kind kind;
+    double norm; /* of q' and k' */
+    uint64_t seed;
+} shape;
+
+typedef struct call {
+    const kernel *k;
+    nf_args a;
+    block q, key, v, out, lse, workspace, projection, state;
+    size_t bytes;                          /* of the workspace */
+    double *ref, *ref_lse;                 /* [batch, heads, q_tokens] (dim) */
+    float *w;                              /* the projection's effective matrix */
+    const oracle_calibration *calibration; /* for the reference */
+    double v_norm;                         /* the longest row of v */
+} call;
+
+static inline int64_t kv_heads(const nf_args *a)
+{
+    return a->kv_heads ? a->kv_heads : a->heads;
+}
+
+static inline int64_t kv_tokens(const nf_args *a)
+{
+    return a->kv_tokens ? a->kv_tokens : a->q_tokens;
+}
+
+/* Strides of a tensor, dense or odd (the order of heads and tokens exchanged, with gaps), and its buffer. */
+static inline block tensor_make(nf_input *t, int64_t batch, int64_t tokens, int64_t heads, int dim, int odd)
+{
+    int64_t rows;
+    block b;
+    t->head_stride = odd ? tokens * (dim + odd) + 1 : dim;
+    t->token_stride = odd ? dim + odd : heads * dim;
+    t->batch_stride = odd ? heads * t->head_stride + 3 : tokens * t->token_stride;
+    rows = (batch - 1) * t->batch_stride + (tokens - 1) * t->token_stride + (heads - 1) * t->head_stride + dim;
+    b = block_make(tokens ? (size_t)rows * sizeof(float) : 0, odd ? 4 * (size_t)odd : 0);
+    t->data = b.data;
+    return b;
+}
+
+static inline float *row_at(nf_input t, int64_t batch, int64_t token, int64_t head)
+{
+    return (float *)(uintptr_t)t.data + batch * t.batch_stride + token * t.token_stride + head * t.head_stride;
+}
+
+static inline nf_input out_tensor(const nf_args *a)
+{
+    return (nf_input){a->out.data, a->out.batch_stride, a->out.token_stride, a->out.head_stride};
+}
+
+static inline void call_fill(call *c, shape s)
+{
+    const nf_args *a = &c->a;
+    const int64_t group = a->heads / kv_heads(a), n = a->q_tokens, m = kv_tokens(a);
+    const size_t row = (size_t)c->k->dim * sizeof(float);
+    block q = block_make((size_t)(group * n) * row, 0), k = block_make((size_t)m * row, 0);
+    block v = block_make((size_t)m * row, 0);
+    for (int64_t b = 0; b < a->batch; b++)
+        for (int64_t h = 0; h < kv_heads(a); h++) {
+            const uint64_t seed = s.seed + 1000 * (uint64_t)b + (uint64_t)h;
+            oracle_inputs(s.kind, s.norm, (double)s.scale, seed, c->k->dim, group * n, m, (float *)(void *)q.data,
+                          (float *)(void *)k.data, (float *)(void *)v.data);
+            for (int64_t i = 0; i < group * n; i++)
+                memcpy(row_at(a->q, b, i % n, h * group + i / n), q.data + (size_t)i * row, row);
+            for (int64_t j = 0; j < m; j++) {
+                memcpy(row_at(a->k, b, j, h), k.data + (size_t)j * row, row);
+                memcpy(row_at(a->v, b, j, h), v.data + (size_t)j * row, row);
+            }
+        }
+    block_free(&q);
+    block_free(&k);
+    block_free(&v);
+}
+
+/* A projection into c, from a seed, with or without a calibration, and its effective matrix for the reference. */
+static inline void call_project(call *c, uint64_t seed, const nf_calibration *calibration)
+{
+    if (!c->k->features)
+        return;
+    if (!c->projection.base) {
+        c->projection = block_make(c->k->projection_bytes(), 0);
+        c->w = (float *)calloc((size_t)(c->k->rows * c->k->dim), sizeof(float));
+    }
+    if (c->k->projection_init(c->projection.data, seed, calibration) != NF_OK ||
+        c->k->projection_read(c->projection.data, c->w) != NF_OK)
+        abort();
+    c->a.projection = c->projection.data;
+}
+
+static inline call call_make(const kernel *k, shape s)
+{
+    call c;
+    nf_args *a = &c.a;
+    nf_input out;
+    memset(&c, 0, sizeof c);
+    c.k = k;
+    a->batch = s.batch ? s.batch : 1;
+    a->heads = s.heads ? s.heads : 1;
+    a->kv_heads = s.kv_heads;
+    a->q_tokens = s.q_tokens;
+    a->kv_tokens = s.kv_tokens;
+    a->scale = s.scale;
+    a->mask = s.full ? NF_FULL : NF_CAUSAL;
+    a->cu_tokens = s.cu_tokens;
+    a->sequences = s.sequences;
+    c.q = tensor_make(&a->q, a->batch, a->q_tokens, a->heads, k->dim, s.odd ? 1 : 0);
+    c.key = tensor_make(&a->k, a->batch, kv_tokens(a), kv_heads(a), k->dim, s.odd ? 3 : 0);
+    c.v = tensor_make(&a->v, a->batch, kv_tokens(a), kv_heads(a), k->dim, s.odd ? 5 : 0);
+    c.out = tensor_make(&out, a->batch, a->q_tokens, a->heads, k->dim, s.odd ? 7 : 0);
+    a->out = (nf_output){c.out.data, out.batch_stride, out.token_stride, out.head_stride};
+    c.lse = block_make((size_t)(a->batch * a->heads * a->q_tokens) * sizeof(float), s.odd ? 4 : 0);
+    a->lse = (float *)(void *)c.lse.data;
+    c.bytes = k->workspace(a);
+    c.workspace = block_make(c.bytes, 0);
+    call_project(&c, s.seed, NULL);
+    call_fill(&c, s);
+    return c;
+}
+
+static inline void call_free(call *c)
+{
+    block *const all[] = {&c->q, &c->key, &c->v, &c->out, &c->lse, &c->workspace, &c->projection, &c->state};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        block_free(all[i]);
+    free(c->ref);
+    free(c->ref_lse);
+    free(c->w);
+    memset(c, 0, sizeof *c);
+}
+
+/* An empty state for the call. */
+static inline void call_state(call *c)
+{
+    if (!c->state.base)
+        c->state = block_make(c->k->state_bytes(&c->a), 0);
+    c->a.state = c->state.data;
+    if (c->k->state_reset(&c->a) != NF_OK)
+        abort();
+}
+
+/* out, lse and workspace back to NaN. */
+static inline void call_blank(call *c)
+{
+    memset(c->out.data, BLANK, c->out.bytes);
+    memset(c->lse.data, BLANK, c->lse.bytes);
+    memset(c->workspace.data, BLANK, c->workspace.bytes);
+}
+
+static inline nf_status call_run(call *c, attend_fn attend)
+{
+    call_blank(c);
+    return attend(&c->a, c->workspace.data, c->bytes);
+}
+
+/* Nothing outside the rows of out was written, and no guard. */
+static inline int call_intact(const call *c)
+{
+    const block *const all[] = {&c->q, &c->key, &c->v, &c->out, &c->lse, &c->workspace, &c->projection, &c->state};
+    const nf_args *a = &c->a;
+    block gaps = block_make(c->out.bytes, 0);
+    nf_input out = out_tensor(a);
+    int intact;
+    memcpy(gaps.data, c->out.data, c->out.bytes);
+    out.data = gaps.data;
+    for (int64_t b = 0; b < a->batch; b++)
+        for (int64_t i = 0; i < a->q_tokens; i++)
+            for (int64_t h = 0; h < a->heads; h++)
+                memset(row_at(out, b, i, h), BLANK, (size_t)c->k->dim * sizeof(float));
+    intact = blank(gaps.data, gaps.bytes);
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        intact = intact && block_intact(all[i]);
+    block_free(&gaps);
+    return intact;
+}
+
+/* ---- reference --------------------------------------------------------------------------------------------------- */
+
+/* The oracle's head for query head h of a batch entry, rows [first, first + count) of its tokens. */
+static inline oracle_head head_at(const call *c, int64_t batch, int64_t h, int64_t first, int64_t count)
+{
+    const nf_args *a = &c->a;
+    const int64_t kv = h / (a->heads / kv_heads(a)), packed = a->cu_tokens != NULL;
+    oracle_head o;
+    memset(&o, 0, sizeof o);
+    o.q_tokens = count;
+    o.kv_tokens = packed ? count : kv_tokens(a);
+    o.q_stride = a->q.token_stride;
+    o.k_stride = a->k.token_stride;
+    o.v_stride = a->v.token_stride;
+    o.dim = c->k->dim;
+    o.q = row_at(a->q, batch, first, h);
+    o.k = row_at(a->k, batch, packed ? first : 0, kv);
+    o.v = row_at(a->v, batch, packed ? first : 0, kv);
+    o.scale = (double)a->scale;
+    o.full = a->mask == NF_FULL;
+    o.w = c->w;
+    o.rows = c->k->rows;
+    o.cosh = c->k->features == 2 * c->k->rows;
+    o.calibration = c->calibration;
+    return o;
+}
+
+static inline void oracle_run(const call *c, const oracle_head *o, double *out, double *lse)
+{
+    if (c->k->features)
+        oracle_favor(o, out, lse);
+    else
+        oracle_exact(o, out, lse);
+}
+
+/* Fill c->ref and c->ref_lse; of sequences without packing only the rows [first, q_tokens). */
+static inline void call_reference(call *c, int64_t first)
+{
+    const nf_args *a = &c->a;
+    const int64_t rows = a->batch * a->heads * a->q_tokens;
+    const int32_t whole[2] = {0, (int32_t)a->q_tokens};
+    const int32_t *cu = a->cu_tokens ? a->cu_tokens : whole;
+    if (!c->ref) {
+        c->ref = oracle_doubles((size_t)(rows * c->k->dim));
+        c->ref_lse = oracle_doubles((size_t)rows);
+    }
+    for (int64_t b = 0; b < a->batch; b++)
+        for (int64_t h = 0; h < a->heads; h++)
+            for (int64_t s = 0; s < (a->cu_tokens ? a->sequences : 1); s++) {
+                const int64_t from = cu[s] > first ? cu[s] : first, row = (b * a->heads + h) * a->q_tokens + from;
+                const oracle_head o = head_at(c, b, h, from, cu[s + 1] - from);
+                oracle_run(c, &o, c->ref + row * c->k->dim, c->ref_lse + row);
+            }
+    for (int64_t b = 0; b < a->batch; b++)
+        for (int64_t h = 0; h < kv_heads(a); h++)
+            for (int64_t j = 0; j < kv_tokens(a); j++) {
+                double sum = 0;
+                for (int d = 0; d < c->k->dim; d++)
+                    sum += pow((double)row_at(a->v, b, j, h)[d], 2);
+                c->v_norm = fmax(c->v_norm, sqrt(sum));
+            }
+}
+
+/* The largest error over the rows [first, q_tokens): |out - ref| / max |v|, and of lse relative to max(1, |lse|).
+ * Infinite where anything is not finite. */
+static inline double call_error(const call *c, int64_t first)
+{
+    const nf_args *a = &c->a;
+    const int dim = c->k->dim;
+    double worst = 0;
+    for (int64_t b = 0; b < a->batch; b++)
+        for (int64_t h = 0; h < a->heads; h++)
+            for (int64_t i = first; i < a->q_tokens; i++) {
+                const int64_t row = (b * a->heads + h) * a->q_tokens + i;
+                const float *out = row_at(out_tensor(a), b, i, h);
+                double sum = 0, error;
+                for (int d = 0; d < dim; d++)
+                    sum += pow((double)out[d] - c->ref[row * dim + d], 2);
+                error = sqrt(sum) / fmax(c->v_norm, 1e-30);
+                if (a->lse)
+                    error = fmax(error, fabs((double)a->lse[row] - c->ref_lse[row]) / fmax(1, fabs(c->ref_lse[row]))) +
+                            0 * (double)a->lse[row];
+                if (!(error <= worst))
+                    worst = error < INFINITY ? error : INFINITY;
+            }
+    return worst;
+}
+
+/* Is all of out finite, and no lse NaN? */
+static inline int call_finite(const call *c)
+{
+    const nf_args *a = &c->a;
+    for (int64_t b = 0; b < a->batch; b++)
+        for (int64_t h = 0; h < a->heads; h++)
+            for (int64_t i = 0; i < a->q_tokens; i++) {
+                for (int d = 0; d < c->k->dim; d++)
+                    if (!isfinite(row_at(out_tensor(a), b, i, h)[d]))
+                        return 0;
+                if (a->lse && isnan(a->lse[(b * a->heads + h) * a->q_tokens + i]))
+                    return 0;
+            }
+    return 1;
+}
+
+/* 1e-5 up to |k'| = 10, 5e-5 up to 40 (promise 4), times the way's slack; above D = 64 with D, because the dot products
+ * are longer and the exponents grow with |w| = sqrt(D). */
+static inline double tolerance(const kernel *k, const way *w, double norm)
+{
+    return fmax(1, k->dim / 64.0) * (norm <= 10 ? 1e-5 : 5e-5 * (w ? w->slack : 1));
+}
+
+#endif

@@ -1,0 +1,108 @@
+"""The kernel tests under sanitizers, odd flags and emulated processors, with the frame of check.h; and the fuzzer."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, STRICT_C, Headers, need, run
+
+TOPICS = ("accuracy", "bits", "state", "projection", "arguments")
+CONTRACTS = ("favor_cosh_f32_d32_m128", "favor_exp_f32_d8_m8", "exact_f32_d40")
+
+
+@dataclass(frozen=True)
+class Build:
+    """A compiler with flags, what runs the program, and what of the tests."""
+
+    compiler: str
+    flags: str
+    runner: str = ""
+    topics: tuple[str, ...] = TOPICS
+    contracts: tuple[str, ...] = CONTRACTS
+
+
+ARM = "aarch64-linux-gnu-gcc"
+SANITIZE = "-g -fsanitize=address,undefined -fno-sanitize-recover=all"  # at -O0: clang takes minutes above it
+GOLDEN = ("favor_cosh_f32_d64_m128", "favor_cosh_f32_d48_m96", "favor_cosh_f32_d80_m336", "favor_exp_f32_d256_m32")
+BUILDS = {
+    "address and undefined, gcc": Build("gcc", f"-O0 {SANITIZE}"),
+    "address and undefined, clang": Build("clang", f"-O0 {SANITIZE}", topics=("state", "arguments")),
+    "fast-math": Build("gcc", "-O3 -ffast-math", topics=("accuracy", "state")),
+    "fast-math, clang": Build("clang", "-O3 -ffast-math", topics=("accuracy",)),
+    "native": Build("gcc", "-O3 -march=native", topics=("accuracy",)),
+    "no optimisation": Build("gcc", "-O0", topics=("accuracy",)),
+    "neon": Build(ARM, "-O2 -static", "qemu-aarch64"),
+    "golden matrices, neon": Build(ARM, "-O1 -static", "qemu-aarch64 {} golden", ("projection",), GOLDEN),
+    "golden matrices, fast-math": Build("gcc", "-O3 -ffast-math", "{} golden", ("projection",), GOLDEN),
+    "without AVX-512": Build("gcc", "-O2 -static", "qemu-x86_64 -cpu Haswell-v1", ("accuracy", "arguments")),
+    "without AVX": Build("gcc", "-O2 -static", "qemu-x86_64 -cpu Nehalem-v1", ("accuracy", "arguments")),
+}
+PACKAGES = {ARM: "gcc-aarch64-linux-gnu", "qemu-aarch64": "qemu-user", "qemu-x86_64": "qemu-user"}
+
+
+def lists(contracts: tuple[str, ...]) -> list[str]:
+    """What meson.build says of the contracts."""
+    favors = " ".join(f"X({c}, y)" for c in contracts if c.startswith("favor"))
+    exacts = " ".join(f"X({c}, y)" for c in contracts if c.startswith("exact"))
+    return [f"-DFAVORS(X,y)={favors}", f"-DEXACTS(X,y)={exacts}"]
+
+
+def kernel(build: Build, contract: str, headers: Headers, output: Path) -> Path:
+    features = ["-DFAVOR"] if contract.startswith("favor") else []
+    run(
+        *(build.compiler, "-std=c99", *build.flags.split(), *features, f"-DCONTRACT={contract}"),
+        *("-I", headers(contract), "-I", ROOT / "include", "-c", ROOT / "tests" / "kernel.c", "-o", output),
+    )
+    return output
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_build(name: str, headers: Headers, tmp_path: Path) -> None:
+    build = BUILDS[name]
+    for name in (build.compiler, *build.runner.split()[:1]):
+        if name != "{}":
+            need(name, PACKAGES.get(name, name))
+    kernels = [kernel(build, c, headers, tmp_path / f"{c}.o") for c in build.contracts]
+    runner = build.runner if "{}" in build.runner else f"{build.runner} {{}}"
+    for topic in build.topics:
+        program = tmp_path / topic
+        flags = [f for f in build.flags.split() if f not in ("-ffast-math", "-march=native")]  # the tests know NaN
+        run(
+            *(build.compiler, "-std=c99", "-D_POSIX_C_SOURCE=200112L", "-DNO_CRITERION", "-DQUICK=1", *STRICT_C),
+            *(*flags, "-O1", *lists(build.contracts), "-I", ROOT / "include"),
+            *(ROOT / "tests" / f"test_{topic}.c", *kernels, "-o", program, "-lm"),
+        )
+        env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+        run(*(program if word == "{}" else word for word in runner.split()), env=env)
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_threads_do_not_race(compiler: str, headers: Headers, tmp_path: Path) -> None:
+    """The threads of examples/threads.c split a call over one state under ThreadSanitizer."""
+    need(compiler, compiler)
+    folder = headers("favor_cosh_f32_d64_m128")
+    run(
+        *(compiler, "-std=gnu11", "-O0", "-g", "-fsanitize=thread", "-I", folder, ROOT / "examples" / "threads.c"),
+        *("-o", tmp_path / "threads", "-pthread", "-lm"),
+    )
+    run(tmp_path / "threads", env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"})
+
+
+def test_fuzz_arguments(headers: Headers, tmp_path: Path) -> None:
+    need("clang", "clang")
+    folder = headers("favor_cosh_f32_d8_m8", "exact_f32_d8")
+    program = tmp_path / "fuzz"
+    flags = ["-std=gnu99", "-O0", "-g", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
+    probe = tmp_path / "probe.c"
+    probe.write_text(
+        "int LLVMFuzzerTestOneInput(const char *p, long n);\nint LLVMFuzzerTestOneInput(const char *p, long n)"
+        "{ return p && n < 0; }\n",
+        encoding="utf-8",
+    )
+    if os.system(f"clang -fsanitize=fuzzer {probe} -o {tmp_path / 'probe'} >/dev/null 2>&1"):
+        pytest.skip("clang has no libFuzzer: apt install libclang-rt-dev")
+    run("clang", *flags, "-I", folder, ROOT / "tests" / "fuzz_arguments.c", "-o", program)
+    run(program, "-runs=20000", "-seed=1", "-max_len=64", "-max_total_time=30", "-timeout=20", cwd=tmp_path)

@@ -1,0 +1,235 @@
+"""Headers as users meet them: every standard and compiler, alone and together, once and twice, and what they export."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, STRICT, STRICT_C, Headers, generate, need, run
+
+FAVOR = "favor_cosh_f32_d64_m128"
+EXACT = "exact_f32_d64"
+SMALL = ["favor_cosh_f32_d8_m8", "favor_exp_f32_d8_m8", "exact_f32_d8"]
+ALL = [FAVOR, EXACT, *SMALL, "favor_cosh_f32_d48_m96", "favor_exp_f32_d64_m256"]
+PACKAGES = {"gcc": "gcc", "g++": "g++", "clang": "clang", "clang++": "clang"}
+
+
+def include(contract: str, define: str = "") -> str:
+    return (f"#define {define}\n" if define else "") + f'#include "nf_{contract}_cpu.h"\n'
+
+
+# A source for each way to bring a header in.
+SOURCES = {
+    "alone": include(FAVOR),
+    "implementation": include(FAVOR, "NEARFAR_IMPLEMENTATION"),
+    "exact": include(EXACT, "NEARFAR_IMPLEMENTATION"),
+    "static": include(SMALL[0], "NEARFAR_STATIC"),
+    "twice": include(SMALL[0], "NEARFAR_IMPLEMENTATION") + include(SMALL[0]),
+    "defined later": include(SMALL[0]) + include(SMALL[0], "NEARFAR_IMPLEMENTATION"),
+    "two headers": include(SMALL[0], "NEARFAR_IMPLEMENTATION") + include(SMALL[2]),
+}
+# Each standard compiles what differs by language, the full set of sources goes through one standard per compiler.
+C_STANDARDS = ["c99", "c11", "c17", "c2x"]
+CXX_STANDARDS = ["c++11", "c++14", "c++17", "c++20"]
+MATRIX = [
+    (compiler, standard, name)
+    for compiler in PACKAGES
+    for standard in (CXX_STANDARDS if "++" in compiler else C_STANDARDS)
+    for name in SOURCES
+    if standard in ("c99", "c++20") or name in ("exact", "static")
+]
+
+
+def used_headers(source: str, headers: Headers) -> Path:
+    """The folder with the headers that a source includes."""
+    return headers(*re.findall(r'#include "nf_(\w+)_cpu.h"', source))
+
+
+def compile_source(compiler: str, standard: str, source: str, headers: Headers, output: Path, *flags: object) -> Path:
+    """An object file of C or C++ source text."""
+    language = "c++" if "++" in compiler else "c"
+    file = output.with_suffix(".cpp" if language == "c++" else ".c")
+    file.write_text(source, encoding="utf-8")
+    strict = STRICT if language == "c++" else STRICT_C
+    run(
+        compiler,
+        f"-std={standard}",
+        "-O2",
+        *strict,
+        *flags,
+        "-I",
+        used_headers(source, headers),
+        "-c",
+        file,
+        "-o",
+        output,
+    )
+    return output
+
+
+@pytest.mark.parametrize("compiler, standard, name", MATRIX)
+def test_compiles(compiler: str, standard: str, name: str, headers: Headers, tmp_path: Path) -> None:
+    need(compiler, PACKAGES[compiler])
+    compile_source(compiler, standard, SOURCES[name], headers, tmp_path / "a.o")
+
+
+def test_compiles_on_arm(headers: Headers, tmp_path: Path) -> None:
+    for compiler, standard in (("aarch64-linux-gnu-gcc", "c99"), ("aarch64-linux-gnu-g++", "c++20")):
+        need(compiler, "gcc-aarch64-linux-gnu g++-aarch64-linux-gnu")
+        for name in ("implementation", "exact"):
+            compile_source(compiler, standard, SOURCES[name], headers, tmp_path / "a.o")
+
+
+def test_compiles_with_nvcc(headers: Headers, tmp_path: Path) -> None:
+    need("nvcc", "nvidia-cuda-toolkit")
+    source = tmp_path / "a.cu"
+    source.write_text(include(SMALL[0], "NEARFAR_IMPLEMENTATION") + "int main() { return 0; }\n", encoding="utf-8")
+    run("nvcc", "-x", "cu", "-c", "-I", headers(*SMALL), source, "-o", tmp_path / "a.o")
+
+
+def symbols(file: Path, *flags: str) -> list[str]:
+    return [line.split()[-1] for line in run("nm", *flags, file).splitlines() if line.strip()]
+
+
+# What a compiler may call on its own: copies, the CPU's name, the table of addresses, the stack check.
+ALLOWED = re.compile(
+    r"memcpy|memset|memmove|memcmp|bcmp|__cpu_model|__cpu_indicator_init|_GLOBAL_OFFSET_TABLE_|__stack_chk_fail"
+)
+
+
+@pytest.mark.parametrize("compiler, flag", [("gcc", "-O2"), ("clang", "-O2"), ("gcc", "-O0"), ("g++", "-O2")])
+@pytest.mark.parametrize("contract", [FAVOR, EXACT])
+def test_symbols(compiler: str, flag: str, contract: str, headers: Headers, tmp_path: Path) -> None:
+    """Exported: names of the kernel alone. Called: nothing but memory copies and the compiler's own CPU model."""
+    need(compiler, PACKAGES[compiler])
+    standard = "c++11" if "++" in compiler else "c99"
+    source = include(contract, "NEARFAR_IMPLEMENTATION")
+    built = compile_source(compiler, standard, source, headers, tmp_path / "a.o", flag)
+    exported = symbols(built, "-g", "--defined-only")
+    assert exported and [s for s in exported if not s.startswith(f"nf_{contract}_cpu_")] == []
+    assert [s for s in symbols(built, "-u") if not ALLOWED.fullmatch(s)] == []
+
+
+def test_no_data(headers: Headers, tmp_path: Path) -> None:
+    """No variables: the object's writable sections are empty."""
+    built = compile_source("gcc", "c99", SOURCES["implementation"], headers, tmp_path / "a.o", "-fno-pic")
+    kinds = {line.split()[-2] for line in run("nm", built).splitlines() if line.strip()}
+    assert not kinds & set("bBC"), "the header has zero-initialised variables"
+    sizes = run("size", "-A", built)
+    data = re.search(r"^\.data\s+(\d+)", sizes, re.MULTILINE)
+    assert not data or int(data[1]) == 0, f"the header has initialised variables\n{sizes}"
+
+
+def test_static_exports_nothing(headers: Headers, tmp_path: Path) -> None:
+    built = compile_source("gcc", "c99", SOURCES["static"], headers, tmp_path / "a.o")
+    assert symbols(built, "-g", "--defined-only") == []
+
+
+def test_one_implementation_two_users(headers: Headers, tmp_path: Path) -> None:
+    """One file implements, two use it: they link, the macros stay in their file."""
+    entry = f"nf_{SMALL[0]}_cpu_workspace"
+    files = {
+        "implementation": include(SMALL[0], "NEARFAR_IMPLEMENTATION"),
+        "user": include(SMALL[0]) + f"size_t user(void);\nsize_t user(void) {{ return {entry}(NULL); }}\n",
+        "main": include(SMALL[0]) + f"size_t user(void);\nint main(void) {{ return user() != {entry}(NULL); }}\n",
+    }
+    objects = [compile_source("gcc", "c99", text, headers, tmp_path / f"{name}.o") for name, text in files.items()]
+    run("gcc", *objects, "-o", tmp_path / "a.out")
+    run(tmp_path / "a.out")
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "clang++"])
+def test_all_in_one_file(compiler: str, headers: Headers, tmp_path: Path) -> None:
+    """Every header in one translation unit, in both orders."""
+    need(compiler, PACKAGES[compiler])
+    for order in (ALL, ALL[::-1]):
+        source = "#define NEARFAR_IMPLEMENTATION\n" + "".join(map(include, order))
+        standard = "c++17" if "++" in compiler else "c99"
+        compile_source(compiler, standard, source, headers, tmp_path / "a.o", "-O1")
+
+
+def test_two_prefixes(headers: Headers, tmp_path: Path) -> None:
+    """Two products in one binary, each with its own prefix; even in one file."""
+    folder = generate(tmp_path, SMALL[0], "--prefix", "eng_")
+    assert not re.search(
+        r"\b(nf|NF)_", (folder / f"eng_{SMALL[0]}_cpu.h").read_text(encoding="utf-8").split("*/", 1)[1]
+    )
+    use = f"nf_{SMALL[0]}_cpu_workspace(NULL) != eng_{SMALL[0]}_cpu_workspace(NULL)"
+    main = f"int main(void) {{ return {use}; }}\n"
+    source = f'{include(SMALL[0], "NEARFAR_IMPLEMENTATION")}#include "eng_{SMALL[0]}_cpu.h"\n'
+    built = compile_source("gcc", "c99", source + main, headers, tmp_path / "a.o", "-I", folder)
+    run("gcc", built, "-o", tmp_path / "a.out")
+    run(tmp_path / "a.out")
+
+
+def test_macros_stay_inside(headers: Headers, tmp_path: Path) -> None:
+    """A header defines no macro but those of its prefix, and its own guard."""
+    source = tmp_path / "a.c"
+    for define in ("", "NEARFAR_IMPLEMENTATION"):
+        source.write_text(
+            "#include <stddef.h>\n#include <stdint.h>\n#include <string.h>\n" + include(FAVOR, define), "utf-8"
+        )
+        text = run("gcc", "-std=c99", "-dD", "-E", "-I", headers(FAVOR), source)
+        file, foreign = "", []
+        for line in text.splitlines():
+            marker = re.match(r'# \d+ "([^"]*)"', line)
+            file = marker[1] if marker else file
+            macro = re.match(r"#define (\w+)", line)
+            if macro and file.endswith(f"nf_{FAVOR}_cpu.h") and not macro[1].startswith(("NF_", "NEARFAR_")):
+                foreign.append(macro[1])
+        assert foreign == []
+
+
+@pytest.mark.parametrize("contract", [FAVOR, EXACT, "favor_exp_f32_d64_m256"])
+def test_small_and_quick(contract: str, headers: Headers, tmp_path: Path) -> None:
+    """Under 150 KB, and under 2 s to compile with gcc -O2 on an idle core (twice that here, best of three)."""
+    folder = headers(contract)
+    assert (folder / f"nf_{contract}_cpu.h").stat().st_size < 150 * 1024
+    source = tmp_path / "a.c"
+    source.write_text(include(contract, "NEARFAR_IMPLEMENTATION"), encoding="utf-8")
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run("gcc", "-O2", "-I", folder, "-c", source, "-o", tmp_path / "a.o")
+        times.append(time.perf_counter() - start)
+    print(f"{contract}: {min(times):.2f} s")
+    assert min(times) < 4
+
+
+@pytest.mark.parametrize("name", [file.name for file in sorted((ROOT / "examples").glob("*.c"))])
+def test_examples(name: str, headers: Headers, tmp_path: Path) -> None:
+    source = ROOT / "examples" / name
+    folder = used_headers(source.read_text(encoding="utf-8"), headers)
+    flags = ["-std=gnu11", "-O2", *STRICT_C]
+    run("gcc", *flags, "-I", folder, source, "-o", tmp_path / "a.out", "-lm", "-pthread")
+    assert re.match(r"ok; ", run(tmp_path / "a.out"))
+
+
+def test_readme_example() -> None:
+    """The README's example is an excerpt of examples/minimal.c."""
+    readme = ROOT / "README.md"
+    if not readme.exists():
+        pytest.skip("README.md is missing")
+    blocks = re.findall(r"```c\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+    blocks = [block for block in blocks if "NEARFAR_IMPLEMENTATION" in block]
+    assert blocks, "the README has no example"
+    minimal = (ROOT / "examples" / "minimal.c").read_text(encoding="utf-8")
+    assert all(block.strip() in minimal for block in blocks)
+
+
+def test_core_of_another_version(headers: Headers, tmp_path: Path) -> None:
+    """Two headers of different core ABI in one file: an error that says so."""
+    text = (headers(*SMALL) / f"nf_{SMALL[0]}_cpu.h").read_text(encoding="utf-8")
+    (tmp_path / "old.h").write_text(text.replace("NF_CORE_ABI 1", "NF_CORE_ABI 2"), encoding="utf-8")
+    source = tmp_path / "a.c"
+    source.write_text('#include "old.h"\n' + include(SMALL[1]), encoding="utf-8")
+    done = subprocess.run(
+        ["gcc", "-c", "-I", str(tmp_path), "-I", str(headers(*SMALL)), str(source), "-o", "/dev/null"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0 and "different core ABI" in done.stderr

@@ -1,0 +1,387 @@
+/* Promise 6 and the projections: what is sampled is orthogonal, of the right norm, reproducible and well spread; the
+ * estimator is unbiased and its variance falls as 1/M; a calibration does what its formulas say, and helps. */
+#include "check.h"
+#include "call.h"
+
+static float *matrix_make(const kernel *k)
+{
+    float *w = (float *)calloc((size_t)(k->rows * k->dim), sizeof(float));
+    if (!w)
+        abort();
+    return w;
+}
+
+static void sample(const kernel *k, uint64_t seed, float *w)
+{
+    block p = block_make(k->projection_bytes(), 0);
+    CHECK(k->projection_init(p.data, seed, NULL) == NF_OK, "projection_init");
+    CHECK(k->projection_read(p.data, w) == NF_OK, "projection_read");
+    CHECK(block_intact(&p), "the projection wrote beside itself");
+    block_free(&p);
+}
+
+static double dot(const float *a, const float *b, int dim)
+{
+    double sum = 0;
+    for (int d = 0; d < dim; d++)
+        sum += (double)a[d] * (double)b[d];
+    return sum;
+}
+
+/* ---- the sampled matrix --------------------------------------------------------------------------------------------
+ */
+
+/* Rows of norm sqrt(D), orthogonal within each block of D, up to rounding to bf16 (2^-9 of an entry); across blocks and
+ * signs no row comes twice. */
+TEST_FAVOR(orthogonal)
+{
+    float *w = matrix_make(k);
+    for (uint64_t seed = 0; seed < 5; seed++) {
+        sample(k, seed, w);
+        for (int r = 0; r < k->rows; r++)
+            for (int s = r; s < k->rows; s++) {
+                const double cosine = dot(w + r * k->dim, w + s * k->dim, k->dim) / k->dim;
+                const double expected = r == s ? 1 : 0;
+                CHECK(r / k->dim != s / k->dim || fabs(cosine - expected) < 4e-3, "rows %d and %d: %.4f", r, s, cosine);
+                CHECK(r == s || fabs(cosine) < 0.999, "rows %d and %d are the same", r, s);
+            }
+    }
+    free(w);
+}
+
+TEST_FAVOR(reproducible)
+{
+    const size_t bytes = (size_t)(k->rows * k->dim) * sizeof(float);
+    float *a = matrix_make(k), *b = matrix_make(k);
+    for (uint64_t seed = 0; seed < 20; seed++) {
+        sample(k, seed, a);
+        sample(k, seed, b);
+        CHECK(memcmp(a, b, bytes) == 0, "seed %d twice gives two matrices", (int)seed);
+        sample(k, seed + 1, b);
+        CHECK(memcmp(a, b, bytes) != 0, "seeds %d and %d give one matrix", (int)seed, (int)seed + 1);
+        sample(k, seed | (uint64_t)1 << 63, b);
+        CHECK(memcmp(a, b, bytes) != 0, "the seed's high bits do not count");
+    }
+    free(a);
+    free(b);
+}
+
+/* The bits of seed 1234, the same on every processor, compiler and flag (this test also runs emulated, and with
+ * -ffast-math). A change here breaks every state and model that was made with an older header. */
+TEST_FAVOR(golden)
+{
+    static const struct {
+        const char *name;
+        uint64_t hash;
+    } table[] = {
+        {"favor_cosh_f32_d64_m128", 0x80728c311ec623b1}, {"favor_exp_f32_d64_m256", 0xf9298dfe010cc8a1},
+        {"favor_cosh_f32_d48_m96", 0x693b2468577fe42f},  {"favor_cosh_f32_d80_m336", 0xa0ef45a30e2112e8},
+        {"favor_exp_f32_d256_m32", 0xa7f306c427bf1a09},  {"favor_exp_f32_d8_m8", 0x0713d5558a4d8e25},
+    };
+    float *w = matrix_make(k);
+    sample(k, 1234, w);
+    for (size_t i = 0; i < sizeof table / sizeof *table; i++)
+        if (strcmp(table[i].name, k->name) == 0) {
+            uint64_t hash = 0xcbf29ce484222325u;
+            for (int n = 0; n < k->rows * k->dim; n++) {
+                uint32_t bits;
+                memcpy(&bits, w + n, sizeof bits);
+                hash = (hash ^ (bits >> 16)) * 0x100000001b3u;
+            }
+            CHECK(hash == table[i].hash, "%s: the matrix of seed 1234 has the hash 0x%016llx", k->name,
+                  (unsigned long long)hash);
+        }
+    free(w);
+}
+
+/* w_r . u over seeds, for a direction u (random, an axis, the diagonal): mean 0 and variance 1 within 4.5 standard
+ * errors (a right sampler fails one of these with probability 7e-6; the seeds are fixed), fourth moment near that of a
+ * sphere, 3 D / (D + 2) (20 %; along the axis and the diagonal and in few dimensions a rotation of signs has few
+ * values). */
+static void moments_along(const kernel *k, const float *u, double spread)
+{
+    const int seeds = QUICK ? 60 : 400;
+    float *w = matrix_make(k);
+    double m1 = 0, m2 = 0, s1 = 0, s2 = 0, m4 = 0;
+    for (int seed = 0; seed < seeds; seed++) {
+        double x1 = 0, x2 = 0;
+        sample(k, (uint64_t)seed, w);
+        for (int r = 0; r < k->rows; r++) {
+            const double x = dot(w + r * k->dim, u, k->dim);
+            x1 += x / k->rows;
+            x2 += x * x / k->rows;
+            m4 += x * x * x * x / k->rows / seeds;
+        }
+        m1 += x1 / seeds, s1 += x1 * x1 / seeds;
+        m2 += x2 / seeds, s2 += x2 * x2 / seeds;
+    }
+    s1 = sqrt((s1 - m1 * m1) / seeds);
+    s2 = sqrt(fmax(s2 - m2 * m2, 0) / seeds) + 1e-4; /* whole blocks have no variance but rounding */
+    CHECK(fabs(m1) < 4.5 * s1, "mean %.4f, %.1f standard errors", m1, m1 / s1);
+    CHECK(fabs(m2 - 1) < 4.5 * s2, "variance %.4f, %.1f standard errors off", m2, (m2 - 1) / s2);
+    CHECK(fabs(m4 / (3.0 * k->dim / (k->dim + 2)) - 1) < spread, "fourth moment %.3f", m4);
+    free(w);
+}
+
+TEST_FAVOR(moments)
+{
+    float *u = (float *)calloc((size_t)k->dim, sizeof(float));
+    oracle_random random = {5};
+    oracle_vector(&random, u, k->dim, 1);
+    moments_along(k, u, k->dim < 16 ? 0.4 : 0.2);
+    memset(u, 0, (size_t)k->dim * sizeof(float));
+    u[0] = 1;
+    moments_along(k, u, 0.7);
+    for (int d = 0; d < k->dim; d++)
+        u[d] = (float)(1 / sqrt((double)k->dim));
+    moments_along(k, u, 0.7);
+    free(u);
+}
+
+/* A model's own matrix: rounded to the nearest bf16, or kept. */
+TEST_FAVOR(own_matrix)
+{
+    const int n = k->rows * k->dim;
+    float *w = matrix_make(k), *back = matrix_make(k);
+    block p = block_make(k->projection_bytes(), 0);
+    oracle_random random = {8};
+    for (int i = 0; i < n; i++)
+        w[i] = (float)oracle_normal(&random);
+    CHECK(k->projection_from(p.data, w, NF_KEEP_F32) == NF_OK && k->projection_read(p.data, back) == NF_OK, "keep");
+    CHECK(memcmp(w, back, (size_t)n * sizeof(float)) == 0, "NF_KEEP_F32 changes the matrix");
+    CHECK(k->projection_from(p.data, w, 0) == NF_OK && k->projection_read(p.data, back) == NF_OK, "round");
+    for (int i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, back + i, sizeof bits);
+        CHECK((bits & 0xffff) == 0 && fabsf(back[i] - w[i]) <= fabsf(w[i]) / 256, "%g became %g", (double)w[i],
+              (double)back[i]);
+    }
+    CHECK(block_intact(&p), "the projection wrote beside itself");
+    block_free(&p);
+    free(w);
+    free(back);
+}
+
+/* ---- the estimator -------------------------------------------------------------------------------------------------
+ */
+
+/* exp(lse) of one key is the estimate of exp(q'.k'). With iid normal W its mean is exact and its relative variance,
+ * with z = |q' + k'|^2, is (e^z - 1) / M for exp and 2 (cosh z - 1) / M for cosh. 4 pairs (q, k) at once, one per head.
+ * The mean must lie within 4.5 standard errors (fails by chance with probability 7e-6 per head; the seeds are fixed);
+ * the variance within 25 %, five standard errors of it or more at these z. As the same bound holds for every M among
+ * the contracts, the variance falls as 1/M. */
+TEST_FAVOR(unbiased)
+{
+    enum { HEADS = 4 };
+    static const double norms[HEADS] = {0.2, 0.4, 0.5, 0.6};
+    const int draws = QUICK ? 300 : 20000 / (k->rows < 20 ? 4 : k->rows / 4), n = k->rows * k->dim;
+    const shape s = {.heads = HEADS, .q_tokens = 1, .norm = 1, .seed = 2};
+    double mean[HEADS] = {0}, square[HEADS] = {0}, truth[HEADS], z[HEADS];
+    float *w = matrix_make(k);
+    oracle_random random = {77};
+    call c = call_make(k, s);
+    for (int h = 0; h < HEADS; h++) {
+        const double scale = 1 / sqrt((double)k->dim);
+        float *q = row_at(c.a.q, 0, 0, h), *key = row_at(c.a.k, 0, 0, h);
+        oracle_vector(&random, q, k->dim, norms[h] / sqrt(scale));
+        oracle_vector(&random, key, k->dim, norms[h] / sqrt(scale));
+        for (int d = 0; d < k->dim; d++) /* towards each other, so that the sum is not always near sqrt 2 */
+            key[d] += h % 2 ? q[d] / 2 : 0;
+        truth[h] = exp(scale * dot(q, key, k->dim));
+        z[h] = scale * (dot(q, q, k->dim) + dot(key, key, k->dim) + 2 * dot(q, key, k->dim));
+    }
+    for (int i = 0; i < draws; i++) {
+        for (int j = 0; j < n; j++)
+            w[j] = (float)oracle_normal(&random);
+        CHECK(k->projection_from(c.projection.data, w, NF_KEEP_F32) == NF_OK, "projection_from");
+        CHECK(call_run(&c, k->forward) == NF_OK, "forward");
+        for (int h = 0; h < HEADS; h++) {
+            const double estimate = exp((double)c.a.lse[h]) / truth[h];
+            mean[h] += estimate / draws;
+            square[h] += (estimate - 1) * (estimate - 1) / draws;
+        }
+    }
+    for (int h = 0; h < HEADS; h++) {
+        const double law = (k->features == k->rows ? exp(z[h]) - 1 : 2 * (cosh(z[h]) - 1)) / k->features;
+        const double error = sqrt(square[h] / draws);
+        CHECK(fabs(mean[h] - 1) < 4.5 * error, "z = %.2f: mean %.5f, %.1f standard errors off", z[h], mean[h],
+              (mean[h] - 1) / error);
+        CHECK(fabs(square[h] / law - 1) < (QUICK ? 0.6 : 0.25), "z = %.2f: variance %.3g, the law says %.3g", z[h],
+              square[h], law);
+    }
+    free(w);
+    call_free(&c);
+}
+
+/* ---- calibration ---------------------------------------------------------------------------------------------------
+ */
+
+/* Add a mean to q and k and make the channels uneven, as trained heads have them. */
+static void structure(call *c, double mean)
+{
+    const int dim = c->k->dim;
+    const double unit = 1 / sqrt(1 / sqrt((double)dim)) / sqrt((double)dim);
+    for (int64_t h = 0; h < c->a.heads; h++)
+        for (int64_t i = 0; i < c->a.q_tokens; i++)
+            for (int d = 0; d < dim; d++) {
+                const double uneven = d % 3 ? 1 : 3;
+                float *q = row_at(c->a.q, 0, i, h) + d, *k = row_at(c->a.k, 0, i, h) + d;
+                *q = (float)((double)*q / uneven + unit * mean * (d % 2 ? 0.5 : -0.4));
+                *k = (float)((double)*k * uneven + unit * mean * (d % 5 ? 1 : -2));
+            }
+}
+
+static nf_calibration sample_of(const call *c)
+{
+    nf_calibration s;
+    memset(&s, 0, sizeof s);
+    s.q = row_at(c->a.q, 0, 0, 0);
+    s.k = row_at(c->a.k, 0, 0, 0);
+    s.q_tokens = s.k_tokens = c->a.q_tokens;
+    s.q_stride = c->a.q.token_stride;
+    s.k_stride = c->a.k.token_stride;
+    return s;
+}
+
+/* Every flag and tau: the kernel computes what the definition says. */
+TEST_FAVOR(calibrated)
+{
+    static const struct {
+        float tau;
+        uint32_t flags;
+    } table[] = {{0, 0}, {1, 0}, {0.5f, NF_KEEP_MEAN}, {0.8f, NF_KEEP_CHANNELS}, {0.9f, 3}, {1, 3}};
+    for (size_t i = 0; i < sizeof table / sizeof *table; i++)
+        for (int odd = 0; odd < 2; odd++) {
+            const shape s = {.q_tokens = 90, .norm = 2, .seed = 3, .odd = odd};
+            call c = call_make(k, s);
+            nf_calibration from;
+            oracle_calibration definition;
+            structure(&c, 4);
+            from = sample_of(&c);
+            from.tau = table[i].tau;
+            from.flags = table[i].flags;
+            call_project(&c, 3, &from);
+            definition =
+                oracle_calibrate(from.q, 90, from.q_stride, from.k, 90, from.k_stride, k->dim, (double)from.tau,
+                                 (from.flags & NF_KEEP_MEAN) != 0, (from.flags & NF_KEEP_CHANNELS) != 0);
+            c.calibration = &definition;
+            call_reference(&c, 0);
+            EACH_WAY(k, w)
+            {
+                CHECK(call_run(&c, w.forward) == NF_OK, "%s", w.name);
+                CHECK(call_error(&c, 0) <= tolerance(k, &w, 10), "%s tau %g flags %d: error %.3g", w.name,
+                      (double)from.tau, (int)from.flags, call_error(&c, 0));
+            }
+            oracle_calibration_free(&definition);
+            call_free(&c);
+        }
+}
+
+/* tau = 1 that keeps means and channels is no calibration. */
+TEST_FAVOR(neutral)
+{
+    const shape s = {.q_tokens = 90, .norm = 3, .seed = 3};
+    call c = call_make(k, s);
+    nf_calibration none = sample_of(&c);
+    none.tau = 1;
+    none.flags = NF_KEEP_MEAN | NF_KEEP_CHANNELS;
+    call_reference(&c, 0); /* of the plain projection */
+    call_project(&c, 3, &none);
+    CHECK(call_run(&c, k->forward) == NF_OK, "forward");
+    CHECK(call_error(&c, 0) <= tolerance(k, NULL, 10), "error %.3g", call_error(&c, 0));
+    call_free(&c);
+}
+
+/* A calibrated kernel keeps the other promises: its state goes on, token by token. */
+TEST_FAVOR(calibrated_state)
+{
+    const shape s = {.q_tokens = 60, .norm = 2, .seed = 3};
+    call c = call_make(k, s);
+    nf_calibration from;
+    oracle_calibration definition;
+    structure(&c, 4);
+    from = sample_of(&c);
+    call_project(&c, 3, &from);
+    definition = oracle_calibrate(from.q, 60, 0, from.k, 60, 0, k->dim, 0, 0, 0);
+    c.calibration = &definition;
+    call_reference(&c, 0);
+    call_state(&c);
+    EACH_WAY(k, w)
+    {
+        nf_args a = c.a;
+        call_state(&c);
+        call_blank(&c);
+        a.q_tokens = 1;
+        for (int64_t t = 0; t < 60; t++) {
+            a.q.data = row_at(c.a.q, 0, t, 0);
+            a.k.data = row_at(c.a.k, 0, t, 0);
+            a.v.data = row_at(c.a.v, 0, t, 0);
+            a.out.data = row_at(out_tensor(&c.a), 0, t, 0);
+            a.lse = c.a.lse + t;
+            CHECK((t < 20 ? w.forward : w.decode)(&a, c.workspace.data, c.bytes) == NF_OK, "%s", w.name);
+        }
+        CHECK(call_error(&c, 0) <= tolerance(k, &w, 10), "%s: error %.3g", w.name, call_error(&c, 0));
+    }
+    oracle_calibration_free(&definition);
+    call_free(&c);
+}
+
+/* Heads with one projection each: every head uses its own. */
+TEST_FAVOR(projection_per_head)
+{
+    const shape s = {.batch = 2, .heads = 4, .kv_heads = 2, .q_tokens = 40, .norm = 2, .seed = 3};
+    const size_t stride = (k->projection_bytes() + NF_ALIGN - 1) / NF_ALIGN * NF_ALIGN + NF_ALIGN;
+    call c = call_make(k, s);
+    block both = block_make(2 * stride, 0);
+    double *ref[2];
+    for (uint64_t i = 0; i < 2; i++) {
+        call_project(&c, 50 + i, NULL);
+        CHECK(k->projection_init(both.data + i * stride, 50 + i, NULL) == NF_OK, "projection_init");
+        call_reference(&c, 0);
+        ref[i] = c.ref;
+        c.ref = NULL;
+        free(c.ref_lse);
+    }
+    c.ref = ref[0];
+    c.ref_lse = NULL;
+    for (int64_t row = 0; row < 2 * 4 * 40; row++)
+        if (row / 40 % 4 >= 2)
+            memcpy(ref[0] + row * k->dim, ref[1] + row * k->dim, (size_t)k->dim * sizeof(double));
+    free(ref[1]);
+    c.a.projection = both.data;
+    c.a.projection_stride = stride;
+    c.a.lse = NULL;
+    EACH_WAY(k, w)
+    {
+        CHECK(call_run(&c, w.forward) == NF_OK, "%s", w.name);
+        CHECK(call_error(&c, 0) <= tolerance(k, &w, 10), "%s: error %.3g", w.name, call_error(&c, 0));
+    }
+    block_free(&both);
+    call_free(&c);
+}
+
+/* Large key means and uneven channels: the calibrated estimate is at least twice as near to exact softmax. */
+TEST_FAVOR(calibration_helps)
+{
+    const int64_t n = 128;
+    double error[2] = {0, 0};
+    for (uint64_t seed = 0; seed < 5; seed++) {
+        const shape s = {.q_tokens = n, .norm = 1, .seed = seed, .full = 1};
+        call c = call_make(k, s);
+        double *exact = oracle_doubles((size_t)(n * k->dim));
+        oracle_head o;
+        nf_calibration from;
+        structure(&c, 5);
+        o = head_at(&c, 0, 0, 0, n);
+        oracle_exact(&o, exact, NULL);
+        from = sample_of(&c);
+        for (int i = 0; i < 2; i++) {
+            call_project(&c, seed, i ? &from : NULL);
+            CHECK(call_run(&c, k->forward) == NF_OK, "forward");
+            error[i] += oracle_compare(row_at(out_tensor(&c.a), 0, 0, 0), 0, exact, n, k->dim).mean / 5;
+        }
+        free(exact);
+        call_free(&c);
+    }
+    CHECK(error[1] < error[0] / 2, "error %.3f, calibrated %.3f", error[0], error[1]);
+}

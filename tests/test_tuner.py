@@ -1,0 +1,331 @@
+"""The tuner's own tests: candidates that are slow, wrong, hanging, overflowing or crashing must be told apart, the
+default must give way only to a clear margin, and an interruption must leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from generator import UsageError, inputs, report  # noqa: E402
+
+CC = os.environ.get("CC") or shutil.which("cc") or "gcc"
+INCLUDE = [f"-I{ROOT / folder}" for folder in ("bench", "tests", "include")]
+Fault = tuple[str, float, str]  # name, microseconds per launch, fault
+PLAIN: Fault = ("plain", 200, "none")
+
+KERNELS_H = """\
+#ifndef KERNELS_H
+#define KERNELS_H
+#define FAULTS(X) {faults}
+#include "faulty.h"
+#define NF_TOOL "test"
+#define NF_KERNELS(X) X(nf_faulty_cpu, "faulty_d8", exact, none, 8, 0, 0)
+#define nf_faulty_cpu_CODES(X) {codes}
+#endif
+"""
+
+
+def compile_c(folder: Path, sources: list[str], program: str) -> Path:
+    """Compile as one line, as it would be done by hand."""
+    command = [CC, "-O1", f"-I{folder}", *INCLUDE, *sources, "-o", program, "-lm", "-lpthread"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder / program
+
+
+class Tuner:
+    """The tuner, with these candidates; the first is the default."""
+
+    def __init__(self, folder: Path, faults: list[Fault]) -> None:
+        self.records = folder / "records.jsonl"
+        rows = " ".join(f"X({name}, {microseconds}, {fault})" for name, microseconds, fault in faults)
+        codes = " ".join(f'X("{name}", "code-of-{name}", {int(i == 0)})' for i, (name, _, _) in enumerate(faults))
+        (folder / "kernels.h").write_text(KERNELS_H.format(faults=rows, codes=codes))
+        (folder / "faulty.c").write_text('#define NEARFAR_IMPLEMENTATION\n#include "kernels.h"\n')
+        self.program = compile_c(folder, ["faulty.c", str(ROOT / "bench" / "tune.c")], "tune")
+
+    def command(self, *options: str) -> list[str]:
+        fixed = ["--json", str(self.records), "--tokens", "64", "--timeout", "1"]
+        return [str(self.program), *fixed, *options]
+
+    def run(self, *options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(self.command(*options), capture_output=True, text=True, check=False, timeout=120)
+
+    def tune(self, *options: str) -> dict[str, Any]:
+        """Run it; the record that it appended."""
+        done = self.run("--budget", "2", *options)
+        assert done.returncode in (0, 1), done.stderr
+        lines = self.records.read_text().splitlines()
+        record: dict[str, Any] = json.loads(lines[-1])
+        assert (done.returncode == 0) == bool(record["winner"])
+        return record
+
+
+Make = Callable[[list[Fault]], Tuner]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    return lambda faults: Tuner(tmp_path, faults)
+
+
+def states(record: dict[str, Any]) -> dict[str, str]:
+    return {tried["n"]: tried["st"] for tried in record["tried"]}
+
+
+def test_every_fault_is_told_apart(make: Make) -> None:
+    faults = {
+        "wrong": "wrong",
+        "overflow": "wrong",
+        "nan": "wrong",
+        "workspace": "wrong",
+        "error": "wrong",
+        "hang": "timeout",
+        "late": "timeout",
+        "crash": "launch",
+        "overread": "launch",
+        "constraint": "constraint",
+    }
+    record = make(
+        [PLAIN, ("slow", 400, "none"), ("hopeless", 900, "none"), *((fault, 50, fault) for fault in faults)]
+    ).tune()
+    assert states(record) == {"plain": "ok", "slow": "slow", "hopeless": "slow", **faults}
+    assert record["winner"] == record["ref"] == "plain"
+    assert not record["tie"]
+    tried = {t["n"]: t for t in record["tried"]}
+    assert tried["wrong"]["err"] > 1e-5
+    assert "outside out" in tried["overflow"]["why"]
+    assert "outside the workspace" in tried["workspace"]["why"]
+
+
+def test_a_clearly_faster_candidate_wins(make: Make) -> None:
+    record = make([PLAIN, ("other", 190, "none"), ("fast", 150, "none")]).tune()
+    assert (record["winner"], record["ref"], record["tie"]) == ("fast", "plain", False)
+    assert 0.25 < record["margin"] < 0.42
+
+
+def test_one_percent_is_a_tie_and_the_default_stays(make: Make) -> None:
+    record = make([PLAIN, ("hair", 198, "none")]).tune()
+    assert (record["winner"], record["tie"], record["margin"]) == ("plain", True, 0)
+
+
+def test_a_tie_among_the_faster_goes_by_the_table(make: Make) -> None:
+    record = make([PLAIN, ("first", 150, "none"), ("second", 149, "none")]).tune()
+    assert (record["winner"], record["tie"]) == ("first", True)
+
+
+def test_the_default_stays_against_slower_ones(make: Make) -> None:
+    record = make([PLAIN, ("a", 230, "none"), ("b", 240, "none")]).tune()
+    assert (record["winner"], record["tie"]) == ("plain", False)
+
+
+def test_a_fast_but_wrong_candidate_never_wins(make: Make) -> None:
+    record = make([PLAIN, ("quick", 20, "wrong")]).tune()
+    assert record["winner"] == "plain"
+    assert "med" not in record["tried"][1]
+
+
+def test_a_wrong_default_loses(make: Make) -> None:
+    record = make([("plain", 100, "wrong"), ("sound", 200, "none")]).tune()
+    assert (record["winner"], record["ref"]) == ("sound", "plain")
+
+
+def test_a_slow_default_still_meets_the_winner(make: Make) -> None:
+    record = make([("plain", 700, "none"), ("fast", 100, "none")]).tune()
+    assert record["winner"] == "fast"
+    assert record["margin"] == pytest.approx(6, rel=0.3)
+    assert states(record)["plain"] == "ok"
+
+
+def test_nothing_right_is_a_failure(make: Make) -> None:
+    tuner = make([("plain", 100, "wrong"), ("other", 100, "crash")])
+    assert tuner.tune()["winner"] == ""
+
+
+def test_two_tunings_agree(make: Make) -> None:
+    tuner = make([PLAIN, ("a", 150, "none"), ("b", 152, "none"), ("c", 160, "none")])
+    first, second = tuner.tune(), tuner.tune()
+    assert first["winner"] == second["winner"] or (first["tie"] and second["tie"])
+    assert len(tuner.records.read_text().splitlines()) == 2
+
+
+def test_the_record_is_complete_and_discreet(make: Make) -> None:
+    record = make([PLAIN, ("fast", 150, "none")]).tune("--heads", "3", "--batch", "2")
+    assert record["v"] == 1
+    assert record["contract"] == "faulty_d8"
+    assert record["shape"] == {"tokens": 64, "batch": 2, "heads": 3}
+    assert record["cache"] == "cold"
+    assert {"backend", "vendor", "arch", "name", "units"} <= set(record["device"])
+    assert record["toolchain"].split()[0] in ("gcc", "clang")
+    fast = record["tried"][1]
+    assert {"n", "code", "st", "med", "p20", "p80", "min", "k", "err"} <= set(fast)
+    assert fast["code"] == "code-of-fast"
+    assert fast["min"] <= fast["p20"] <= fast["med"] <= fast["p80"]
+    assert fast["med"] == pytest.approx(150e3 / 64, rel=0.3)
+    text = json.dumps(record)
+    assert os.uname().nodename not in text
+    assert str(ROOT) not in text
+
+
+def test_lengths_and_events(make: Make) -> None:
+    tuner = make([PLAIN, ("fast", 150, "none")])
+    done = tuner.run("--tokens", "64,128", "--events", "--budget", "3")
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [e["record"]["shape"]["tokens"] for e in events if e["event"] == "record"] == [64, 128]
+    assert len(tuner.records.read_text().splitlines()) == 2
+
+
+def test_the_budget_is_kept(make: Make) -> None:
+    tuner = make([PLAIN, *((f"v{i}", 190 + i, "none") for i in range(10))])
+    start = time.monotonic()
+    assert tuner.run("--budget", "1.5").returncode == 0
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("wait", [0.1, 0.9])
+def test_an_interruption_leaves_nothing(make: Make, number: signal.Signals, wait: float) -> None:
+    tuner = make([PLAIN, ("hang", 100, "hang"), ("fast", 150, "none")])
+    tuner.tune()
+    before = tuner.records.read_text()
+    process = subprocess.Popen(
+        tuner.command("--timeout", "30"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    time.sleep(wait)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert errors.decode().splitlines() == ["tune: interrupted, nothing recorded"]
+    assert tuner.records.read_text() == before
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # no child is left
+
+
+def test_wrong_options_are_one_line(make: Make, tmp_path: Path) -> None:
+    tuner = make([PLAIN])
+    for options in (["--budget", "-1"], ["--tokens", "0"], ["--tokens", "a"], ["--nonsense"], ["--contract", "none"]):
+        done = tuner.run(*options)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+        assert options[0] in done.stderr
+    done = tuner.run("--json", str(tmp_path / "nowhere" / "records.jsonl"), "--budget", "1")
+    assert done.returncode == 2
+    assert "cannot write" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_oracle_agrees_with_itself(tmp_path: Path) -> None:
+    program = compile_c(tmp_path, [str(ROOT / "tests" / "check_oracle.c")], "check_oracle")
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"they differ by {done.stdout}"
+
+
+# ---- the Python side -----------------------------------------------------------------------------------------------
+
+
+def test_crossover() -> None:
+    exact = {n: 0.7 * n + 30 for n in (64, 128, 256, 512, 1024, 4096)}
+    ours = dict.fromkeys(exact, 350.0)
+    assert report.crossover(ours, exact) == pytest.approx(457, rel=0.03)
+    assert report.crossover(dict.fromkeys(exact, 1000000000.0), exact) is None
+    assert report.crossover({}, exact) is None
+
+
+def save(folder: Path, **arrays: Any) -> Path:
+    import numpy as np
+
+    folder.mkdir(exist_ok=True)
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    return folder
+
+
+def test_broken_inputs_are_told_in_one_line(tmp_path: Path) -> None:
+    np = pytest.importorskip("numpy")
+    good = np.ones((1, 4, 2, 8), np.float16)
+    bad = good.copy()
+    bad[0, 3, 1, 2] = np.nan
+    assert inputs.load(save(tmp_path / "good", q=good, k=good, v=good))["q"].dtype == np.float32
+    cases = {
+        "v.npy": save(tmp_path / "missing", q=good, k=good),
+        "shape": save(tmp_path / "shapes", q=good, k=good[:, :2], v=good),
+        "dtype": save(tmp_path / "dtype", q=good.astype(np.int32), k=good, v=good),
+        "[batch, token, head, dim]": save(tmp_path / "axes", q=good[0], k=good, v=good),
+        "[0, 3, 1, 2]": save(tmp_path / "finite", q=good, k=bad, v=good),
+        "broken": save(tmp_path / "broken", q=good, k=good, v=good),
+        "objects": save(tmp_path / "objects", q=np.array([{}]), k=good, v=good),
+    }
+    (cases["broken"] / "q.npy").write_bytes(b"\x93NUMPY\x01\x00 nonsense")
+    for word, folder in cases.items():
+        with pytest.raises(UsageError) as caught:
+            inputs.load(folder)
+        message = str(caught.value)
+        assert "\n" not in message
+        assert "npy" in message
+        assert word in message or word == "objects"
+
+
+def nearfar(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "generator", *words]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+
+
+def test_a_missing_compiler_is_one_line() -> None:
+    done = nearfar("tune", CC="/nowhere/cc")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "nearfar: environment variable CC = '/nowhere/cc': is no compiler that can be run"
+    ]
+
+
+def test_wrong_usage_of_the_commands(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    for words in (
+        ["tune", "favor_cosh_f32_d7_m16"],
+        ["tune", "--budget", "soon"],
+        ["tune", "--tokens", "1,,2"],
+        ["tune", "--input", str(tmp_path / "none")],
+        ["tune", "--backend", "abacus"],
+        ["pack", "exact_f32_d16", "-o", str(blocked)],
+        ["pack", "exact_f32_d16"],
+    ):
+        done = nearfar(*words)
+        assert done.returncode == 2, words
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_pack_tunes_without_python(tmp_path: Path) -> None:
+    folder = tmp_path / "pack"
+    assert nearfar("pack", "exact_f32_d16", "favor_cosh_f32_d16_m16", "-o", str(folder)).returncode == 0
+    sources = [path.name for path in folder.glob("*.c")]
+    done = subprocess.run(
+        [CC, "-O1", *sources, "-o", "tune", "-lm"], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        [str(folder / "tune"), "--json", "r.jsonl", "--budget", "4", "--tokens", "256"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {json.loads(line)["contract"] for line in (folder / "r.jsonl").read_text().splitlines()} == {
+        "exact_f32_d16",
+        "favor_cosh_f32_d16_m16",
+    }
+    assert nearfar("generate", "exact_f32_d16", "--tuned", str(folder / "r.jsonl"), "-o", str(tmp_path)).returncode == 0
