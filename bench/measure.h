@@ -72,8 +72,8 @@ MEASURE_FN double measure_noise(double *x, int n)
 /* ---- FMA peak ----------------------------------------------------------------------------------------------------
  * Twelve independent chains of multiply-adds in registers: enough to cover a latency of four cycles on two units and
  * one cycle more, and they fit where there are only sixteen registers. The numbers change sign at every step: operands
- * that stand still draw less power than data does, the clock then runs above what any kernel can have (by up to 40 % with
- * AVX-512), and the peak would be one of a processor doing nothing. */
+ * that stand still draw less power than data does, the clock then runs above what any kernel can have (by up to 40 %
+ * with AVX-512), and the peak would be one of a processor doing nothing. */
 
 #define MEASURE_STEPS 20000
 #define MEASURE_CHAINS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)

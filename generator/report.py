@@ -144,8 +144,7 @@ def standing(results: list[Line]) -> str:
     speed = of(results, "speed", tokens=4096)
     parts.append([["speed at 4096", "variant", "ns/token", "min", "% peak"]])
     parts[-1] += [
-        [r["contract"], r["variant"]] + [form(r.get(k), ".1f") for k in ("ns_med", "ns_min", "percent")]
-        for r in speed
+        [r["contract"], r["variant"]] + [form(r.get(k), ".1f") for k in ("ns_med", "ns_min", "percent")] for r in speed
     ]
     parts.append([["decode, 32 heads", "variant", "cached", "ns/head", "min"]])
     parts[-1] += [

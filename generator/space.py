@@ -64,7 +64,10 @@ CPU: dict[str, dict[str, tuple[int, ...]]] = {
     "c": {"1x1": (1,)},  # token by token, without tiles
 }
 # An exact kernel reads every key again for each block of queries: large blocks first.
-EXACT = CPU | {"avx512": {"12x2": (96,), "8x2": (128, 64, 32), "8x3": (96, 48), "4x4": (128, 64)}, "avx2": {"6x2": (96, 48)}}
+EXACT = CPU | {
+    "avx512": {"12x2": (96,), "8x2": (128, 64, 32), "8x3": (96, 48), "4x4": (128, 64)},
+    "avx2": {"6x2": (96, 48), "4x3": (96, 48)},
+}
 SPACE = {("favor", "cpu"): CPU, ("exact", "cpu"): EXACT}
 
 

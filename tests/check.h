@@ -22,25 +22,25 @@ typedef struct check_case {
 static check_case *check_cases;
 static jmp_buf check_failed;
 
-#define Test(suite, test)                                                                                              \
-    static void suite##_##test(void);                                                                                  \
-    static check_case suite##_##test##_case = {#suite "::" #test, suite##_##test, NULL};                               \
-    __attribute__((constructor)) static void suite##_##test##_enter(void)                                              \
-    {                                                                                                                  \
-        suite##_##test##_case.next = check_cases;                                                                      \
-        check_cases = &suite##_##test##_case;                                                                          \
-    }                                                                                                                  \
+#define Test(suite, test) \
+    static void suite##_##test(void); \
+    static check_case suite##_##test##_case = {#suite "::" #test, suite##_##test, NULL}; \
+    __attribute__((constructor)) static void suite##_##test##_enter(void) \
+    { \
+        suite##_##test##_case.next = check_cases; \
+        check_cases = &suite##_##test##_case; \
+    } \
     static void suite##_##test(void)
 
 /* The first failure ends its test. */
-#define CHECK(condition, ...)                                                                                          \
-    do {                                                                                                               \
-        if (!(condition)) {                                                                                            \
-            printf("%s:%d: %s\n  ", __FILE__, __LINE__, #condition);                                                   \
-            printf(__VA_ARGS__);                                                                                       \
-            printf("\n");                                                                                              \
-            longjmp(check_failed, 1);                                                                                  \
-        }                                                                                                              \
+#define CHECK(condition, ...) \
+    do { \
+        if (!(condition)) { \
+            printf("%s:%d: %s\n  ", __FILE__, __LINE__, #condition); \
+            printf(__VA_ARGS__); \
+            printf("\n"); \
+            longjmp(check_failed, 1); \
+        } \
     } while (0)
 
 /* Run the tests whose name contains the argument; all without one. */

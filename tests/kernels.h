@@ -54,23 +54,23 @@ CONTRACTS(KERNEL_DECLARE, unused)
 #endif
 
 /* One test per contract: a topic is a function of a kernel. */
-#define TEST_ONE(contract, topic)                                                                                      \
-    Test(topic, contract)                                                                                              \
-    {                                                                                                                  \
-        const kernel k = kernel_of(&kernel_##contract);                                                                \
-        topic(&k);                                                                                                     \
+#define TEST_ONE(contract, topic) \
+    Test(topic, contract) \
+    { \
+        const kernel k = kernel_of(&kernel_##contract); \
+        topic(&k); \
     }
-#define TEST_EACH(topic)                                                                                               \
-    static void topic(const kernel *k) __attribute__((unused));                                                        \
-    CONTRACTS(TEST_ONE, topic)                                                                                         \
+#define TEST_EACH(topic) \
+    static void topic(const kernel *k) __attribute__((unused)); \
+    CONTRACTS(TEST_ONE, topic) \
     static void topic(const kernel *k)
-#define TEST_EXACT(topic)                                                                                              \
-    static void topic(const kernel *k) __attribute__((unused));                                                        \
-    EXACTS(TEST_ONE, topic)                                                                                            \
+#define TEST_EXACT(topic) \
+    static void topic(const kernel *k) __attribute__((unused)); \
+    EXACTS(TEST_ONE, topic) \
     static void topic(const kernel *k)
-#define TEST_FAVOR(topic)                                                                                              \
-    static void topic(const kernel *k) __attribute__((unused));                                                        \
-    FAVORS(TEST_ONE, topic)                                                                                            \
+#define TEST_FAVOR(topic) \
+    static void topic(const kernel *k) __attribute__((unused)); \
+    FAVORS(TEST_ONE, topic) \
     static void topic(const kernel *k)
 
 /* A way to run a kernel: a variant that this machine supports; the first of them through the entry point, which picks
@@ -97,8 +97,8 @@ static inline int way_at(const kernel *k, int i, way *w)
     return 0;
 }
 
-#define EACH_WAY(k, w)                                                                                                 \
-    way w;                                                                                                             \
+#define EACH_WAY(k, w) \
+    way w; \
     for (int w##_i = 0; way_at(k, w##_i, &w); w##_i++)
 
 #endif

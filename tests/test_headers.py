@@ -31,7 +31,8 @@ SOURCES = {
     "defined later": include(SMALL[0]) + include(SMALL[0], "NEARFAR_IMPLEMENTATION"),
     "two headers": include(SMALL[0], "NEARFAR_IMPLEMENTATION") + include(SMALL[2]),
 }
-# Each standard compiles what differs by language, the full set of sources goes through one standard per compiler.
+# Every source goes through one standard per compiler with -O2; the other standards only parse and check theirs.
+FULL = ("c99", "c++20")
 C_STANDARDS = ["c99", "c11", "c17", "c2x"]
 CXX_STANDARDS = ["c++11", "c++14", "c++17", "c++20"]
 MATRIX = [
@@ -39,7 +40,7 @@ MATRIX = [
     for compiler in PACKAGES
     for standard in (CXX_STANDARDS if "++" in compiler else C_STANDARDS)
     for name in SOURCES
-    if standard in ("c99", "c++20") or name in ("exact", "static")
+    if standard in FULL or name in ("implementation", "exact", "static")
 ]
 
 
@@ -73,7 +74,8 @@ def compile_source(compiler: str, standard: str, source: str, headers: Headers, 
 @pytest.mark.parametrize("compiler, standard, name", MATRIX)
 def test_compiles(compiler: str, standard: str, name: str, headers: Headers, tmp_path: Path) -> None:
     need(compiler, PACKAGES[compiler])
-    compile_source(compiler, standard, SOURCES[name], headers, tmp_path / "a.o")
+    flags = [] if standard in FULL else ["-fsyntax-only"]
+    compile_source(compiler, standard, SOURCES[name], headers, tmp_path / "a.o", *flags)
 
 
 def test_compiles_on_arm(headers: Headers, tmp_path: Path) -> None:
@@ -141,14 +143,12 @@ def test_one_implementation_two_users(headers: Headers, tmp_path: Path) -> None:
     run(tmp_path / "a.out")
 
 
-@pytest.mark.parametrize("compiler", ["gcc", "clang++"])
-def test_all_in_one_file(compiler: str, headers: Headers, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiler, order", [("gcc", ALL), ("clang++", ALL[::-1])])
+def test_all_in_one_file(compiler: str, order: list[str], headers: Headers, tmp_path: Path) -> None:
     """Every header in one translation unit, in both orders."""
     need(compiler, PACKAGES[compiler])
-    for order in (ALL, ALL[::-1]):
-        source = "#define NEARFAR_IMPLEMENTATION\n" + "".join(map(include, order))
-        standard = "c++17" if "++" in compiler else "c99"
-        compile_source(compiler, standard, source, headers, tmp_path / "a.o", "-O1")
+    source = "#define NEARFAR_IMPLEMENTATION\n" + "".join(map(include, order))
+    compile_source(compiler, "c++17" if "++" in compiler else "c99", source, headers, tmp_path / "a.o", "-O0")
 
 
 def test_two_prefixes(headers: Headers, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_macros_stay_inside(headers: Headers, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("contract", [FAVOR, EXACT, "favor_exp_f32_d64_m256"])
 def test_small_and_quick(contract: str, headers: Headers, tmp_path: Path) -> None:
-    """Under 150 KB, and under 2 s to compile with gcc -O2 on an idle core (twice that here, best of three)."""
+    """Under 150 KB, and under 2 s to compile with gcc -O2 on an idle core (twice that on a busy one, best of three)."""
     folder = headers(contract)
     assert (folder / f"nf_{contract}_cpu.h").stat().st_size < 150 * 1024
     source = tmp_path / "a.c"
@@ -195,6 +195,8 @@ def test_small_and_quick(contract: str, headers: Headers, tmp_path: Path) -> Non
         start = time.perf_counter()
         run("gcc", "-O2", "-I", folder, "-c", source, "-o", tmp_path / "a.o")
         times.append(time.perf_counter() - start)
+        if min(times) < 2:
+            break
     print(f"{contract}: {min(times):.2f} s")
     assert min(times) < 4
 

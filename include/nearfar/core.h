@@ -31,7 +31,7 @@ extern "C" {
     X(NF_E_NULL, -1, "a pointer that this call needs is null") \
     X(NF_E_SIZE, -2, "batch and heads must be at least 1, and no size negative") \
     X(NF_E_HEADS, -3, "heads must be a multiple of kv_heads") \
-    X(NF_E_TOKENS, -4, "causal and decode need kv_tokens >= q_tokens, decode with a state as many") \
+    X(NF_E_TOKENS, -4, "causal and decode need kv_tokens >= q_tokens; decode with a state needs kv_tokens = q_tokens") \
     X(NF_E_OVERFLOW, -5, "a product of sizes and strides exceeds the address range") \
     X(NF_E_STRIDE, -6, "a stride is negative, below the head dim, or lets rows of out overlap") \
     X(NF_E_SCALE, -7, "scale must be finite and not negative (0 means 1/sqrt(D))") \

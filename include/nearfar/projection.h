@@ -1,5 +1,4 @@
-/* ---- projections: sampled, given or fitted to a head
- * -----------------------------------------------------------------
+/* ---- projections: sampled, given or fitted to a head ------------------------------------------------------------
  *
  * A matrix w [rows][D] in natural units, and a head's calibration: with x' = sqrt(scale) x the features are e^(w x^ -
  * |x^|^2 / 2) of q^ = q_factor (q' - q_mean') and k^ = k_factor (k' - k_mean'). The rest of the logit is a weight of
@@ -284,14 +283,13 @@ static float nf_exponent(float x, float limit)
     return x > limit && nf_finite(x) ? (float)((int32_t)(bits >> 23) - 127) : 0.0f;
 }
 
-#define NF_KEY_LIMIT \
-    1152921504606846976.0f /* 2^60: a key feature beyond it, relative to its reference, ends the chunk */
-#define NF_REFERENCE_LAG \
-    8.0f                      /* how far a reference stays below the key it rises to: the next records change nothing \
-                               */
-#define NF_SUM_LIMIT 65536.0f /* a feature's sum beyond it raises the reference */
+/* A feature of a key beyond 2^60 of its reference ends the chunk; a sum beyond 2^16 raises the reference. A reference
+ * stays a little below the key it rises to, so that the next records change nothing. */
+#define NF_KEY_LIMIT 1152921504606846976.0f
+#define NF_SUM_LIMIT 65536.0f
+#define NF_REFERENCE_LAG 8.0f
 
-/* Bring z and S (laid out as nf_state_load says) from the references r to those in `to`. Whole numbers: the factors are
+/* Bring z and S (laid out as nf_state_copy says) from the references r to those in `to`. Whole numbers: the factors are
  * powers of two, exact. */
 static void nf_rescale(float *r, float *z, float *s, int m, int width, int panel, const float *to)
 {
@@ -308,9 +306,8 @@ static void nf_rescale(float *r, float *z, float *s, int m, int width, int panel
 }
 
 /* Where a chunk of n keys (features key[i * stride + r] relative to the references) must end: before the first key
- * whose features leave the range. Then `fresh`, the sums over the keys (times their
- * part), is made anew. Rows before the cut end up with
- * the same bits as if the keys behind it were not there. */
+ * whose features leave the range. Then `fresh`, the sums over the keys times their part, is made anew. Rows before the
+ * cut end up with the same bits as if the keys behind it were not there. */
 static int nf_cut(const float *key, const float *part, int stride, int m, int n, float *fresh)
 {
     int cut = n;

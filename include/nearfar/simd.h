@@ -185,7 +185,7 @@ NF_INLINE NF_V16 int nf_v16_above(nf_v16_t x, float limit)
 
 NF_INLINE NF_V16 nf_v16_t nf_v16_floor(nf_v16_t x)
 {
-    return _mm512_maskz_roundscale_ps(NF_ALL16, x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    return _mm512_floor_ps(x);
 }
 
 #define NF_V8 __attribute__((target("avx2,fma")))
@@ -330,6 +330,7 @@ typedef float32x4_t nf_v4_t;
 #else
 typedef float nf_v4_t __attribute__((vector_size(16)));
 typedef int32_t nf_v4_int __attribute__((vector_size(16)));
+typedef uint32_t nf_v4_bits __attribute__((vector_size(16)));
 #endif
 typedef float nf_v4_unaligned __attribute__((vector_size(16), aligned(4), may_alias));
 
@@ -452,7 +453,7 @@ NF_INLINE nf_v4_t nf_v4_to_float(nf_v4_int n)
 /* 2^(n - 127), 0 < n < 255. */
 NF_INLINE nf_v4_t nf_v4_exponents(nf_v4_int n)
 {
-    return (nf_v4_t)(n * (1 << 23));
+    return (nf_v4_t)((nf_v4_bits)n << 23);
 }
 
 NF_INLINE nf_v4_t nf_v4_fma(nf_v4_t a, nf_v4_t b, nf_v4_t c)
