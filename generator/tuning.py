@@ -51,13 +51,19 @@ def add_tune(commands: Any) -> None:
         "tune",
         help="find the fastest variants on this machine",
         description="Generate every variant, compile, verify against fp64, time, record, write the tuned headers and\n"
-        "measure them, on real attention inputs too. Everything is written to tuned/.",
+        "measure them, on real attention inputs too. Takes about two minutes. Everything is written to tuned/;\n"
+        "tuned/records.jsonl is what `generate --tuned` reads.",
         epilog="example: ./nearfar tune favor_cosh_f32_d64_m256 --input my_arrays --budget 120 --tokens 2048",
     )
     parser.add_argument("contracts", nargs="*", metavar="CONTRACT", help=f"default: {' '.join(TUNED)}")
     add_backend(parser)
     parser.add_argument("--input", metavar="DIR", help="q.npy, k.npy, v.npy [batch, token, head, dim] of your own")
-    parser.add_argument("--budget", default="40", metavar="SECONDS", help="for the races together (default: 40)")
+    parser.add_argument(
+        "--budget",
+        default="40",
+        metavar="SECONDS",
+        help="for all races together, without compiling and measuring (default: 40)",
+    )
     parser.add_argument("--tokens", default="1024,4096", metavar="N,...", help="lengths (default: 1024,4096)")
     parser.set_defaults(run=guarded(tune))
 
@@ -329,7 +335,7 @@ def writable(folder: Path) -> None:
 README = """\
 The tuner of nearfar {version} for: {names}
 
-On the target, with any C compiler for Linux or another POSIX system:
+On the target, with GCC or Clang on Linux or another POSIX system:
 
     cc -O2 *.c -o tune -lm
     ./tune --json records.jsonl
