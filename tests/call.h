@@ -300,6 +300,12 @@ static inline void call_reference(call *c, int64_t first)
             }
 }
 
+/* The larger of two errors; NaN counts as infinite. */
+static inline double larger(double a, double b)
+{
+    return a >= b ? a : b < INFINITY ? b : INFINITY;
+}
+
 /* The largest error over the rows [first, q_tokens): |out - ref| / max |v|, and of lse relative to max(1, |lse|).
  * Infinite where anything is not finite. */
 static inline double call_error(const call *c, int64_t first)
@@ -312,15 +318,12 @@ static inline double call_error(const call *c, int64_t first)
             for (int64_t i = first; i < a->q_tokens; i++) {
                 const int64_t row = (b * a->heads + h) * a->q_tokens + i;
                 const float *out = row_at(out_tensor(a), b, i, h);
-                double sum = 0, error;
+                double sum = 0;
                 for (int d = 0; d < dim; d++)
                     sum += pow((double)out[d] - c->ref[row * dim + d], 2);
-                error = sqrt(sum) / fmax(c->v_norm, 1e-30);
+                worst = larger(worst, sqrt(sum) / fmax(c->v_norm, 1e-30));
                 if (a->lse)
-                    error = fmax(error, fabs((double)a->lse[row] - c->ref_lse[row]) / fmax(1, fabs(c->ref_lse[row]))) +
-                            0 * (double)a->lse[row];
-                if (!(error <= worst))
-                    worst = error < INFINITY ? error : INFINITY;
+                    worst = larger(worst, fabs((double)a->lse[row] - c->ref_lse[row]) / fmax(1, fabs(c->ref_lse[row])));
             }
     return worst;
 }

@@ -107,12 +107,15 @@ NF_UNUSED static double nf_log(double x)
 /* ln of den * 2^exponent, plus shift; -inf for an empty sum. */
 NF_UNUSED static float nf_lse(float den, double exponent, double shift)
 {
-    const uint32_t minus_infinity = 0xff800000u;
-    float x;
-    if (den > 0)
-        return (float)(nf_log((double)den) + 0.69314718055994531 * exponent + shift);
-    memcpy(&x, &minus_infinity, sizeof x);
-    return den < 0 || den == 0 ? x : den;
+    uint32_t bits;
+    memcpy(&bits, &den, sizeof bits);
+    if (bits << 1 == 0) {
+        bits = 0xff800000u;
+        memcpy(&den, &bits, sizeof den);
+    } else if (den > 0) {
+        den = (float)(nf_log((double)den) + 0.69314718055994531 * exponent + shift);
+    }
+    return den;
 }
 
 NF_INLINE int nf_aligned(const void *p, size_t alignment)
@@ -203,7 +206,7 @@ static nf_status nf_check_shape(const nf_contract *c, const nf_args *args, nf_pl
         return NF_E_MASK;
     if (a->mask == NF_CAUSAL && a->kv_tokens < a->q_tokens)
         return NF_E_TOKENS;
-    if (!(a->scale >= 0) || !nf_finite(a->scale))
+    if (!(a->scale >= 0 && a->scale <= 1e30f) || !nf_finite(a->scale))
         return NF_E_SCALE;
     if (a->scale == 0)
         a->scale = c->default_scale;
@@ -211,6 +214,8 @@ static nf_status nf_check_shape(const nf_contract *c, const nf_args *args, nf_pl
         return NF_E_PATTERN;
     p->group = a->heads / a->kv_heads;
     if (a->cu_tokens) {
+        if (!nf_aligned(a->cu_tokens, sizeof(int32_t)))
+            return NF_E_ALIGN;
         if (a->sequences < 1 || a->batch != 1 || a->kv_tokens != a->q_tokens || a->cu_tokens[0] != 0)
             return NF_E_PACKED;
         for (int64_t s = 0; s < a->sequences; s++)
@@ -254,7 +259,7 @@ static nf_status nf_check_projection(const nf_plan *p)
         return NF_E_ALIGN;
     if (a->projection_stride && a->projection_stride < p->contract->projection)
         return NF_E_STRIDE;
-    if (nf_product(a->kv_heads, (int64_t)(a->projection_stride & INT64_MAX)) < 0)
+    if (nf_product(a->kv_heads, (int64_t)a->projection_stride) < 0)
         return NF_E_OVERFLOW;
     for (int64_t h = 0; h < (a->projection_stride ? a->kv_heads : 1); h++) {
         const nf_projection_head *head =

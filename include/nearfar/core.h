@@ -34,7 +34,7 @@ extern "C" {
     X(NF_E_TOKENS, -4, "causal and decode need kv_tokens >= q_tokens; decode with a state needs kv_tokens = q_tokens") \
     X(NF_E_OVERFLOW, -5, "a product of sizes and strides exceeds the address range") \
     X(NF_E_STRIDE, -6, "a stride is negative, below the head dim, or lets rows of out overlap") \
-    X(NF_E_SCALE, -7, "scale must be finite and not negative (0 means 1/sqrt(D))") \
+    X(NF_E_SCALE, -7, "scale must be from 0 to 1e30 (0 means 1/sqrt(D))") \
     X(NF_E_MASK, -8, "mask must be NF_CAUSAL or NF_FULL") \
     X(NF_E_PACKED, -9, "cu_tokens must rise from 0 to q_tokens = kv_tokens, with batch 1") \
     X(NF_E_SPLIT, -10, "split_begin and split_count must lie within batch (or sequences) * kv_heads") \
@@ -42,9 +42,10 @@ extern "C" {
     X(NF_E_WORKSPACE, -12, "the workspace is smaller than the workspace function asks for") \
     X(NF_E_OVERLAP, -13, "memory to be written overlaps other memory of the call") \
     X(NF_E_PROJECTION, -14, "this is not a projection of this contract, or it was never initialised") \
-    X(NF_E_STATE, -15, "this state is of another contract, projection, scale or shape, or was never reset") \
+    X(NF_E_STATE, -15, "this state is of another contract, projection, scale or number of units, or was never reset") \
     X(NF_E_PATTERN, -16, "this operator takes no pattern") \
-    X(NF_E_VALUE, -17, "a matrix or sample holds what is not finite, tau is not in (0, 1], or a flag is unknown") \
+    X(NF_E_VALUE, -17, \
+      "a matrix or sample is not finite or too large, tau is not in [0.001, 1], or a flag is unknown") \
     X(NF_E_UNSUPPORTED, -18, "this processor or device lacks what the variant needs")
 
 typedef enum nf_status {
@@ -112,10 +113,10 @@ typedef struct nf_args {
  * are taken out (exact: softmax does not see them), the channels of q and k are balanced by Psi, and the logits are
  * tempered by tau^2, which trades bias for variance. Zero fields are defaults. */
 typedef struct nf_calibration {
-    const float *q, *k;
+    const float *q, *k;         /* finite, up to 1e15 */
     int64_t q_tokens, k_tokens; /* rows of each sample */
     int64_t q_stride, k_stride; /* elements from row to row; 0 = D */
-    float tau;                  /* (0, 1]; 0 = 0.7, 1 = no tempering */
+    float tau;                  /* [0.001, 1]; 0 = 0.7, 1 = no tempering */
     uint32_t flags;             /* NF_KEEP_MEAN, NF_KEEP_CHANNELS */
 } nf_calibration;
 

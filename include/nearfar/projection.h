@@ -105,9 +105,11 @@ static nf_status nf_check_sample(const float *x, int64_t tokens, int64_t stride,
         return NF_E_STRIDE;
     if (nf_product(tokens, step) < 0)
         return NF_E_OVERFLOW;
-    for (int64_t i = 0; i < tokens * dim; i++)
-        if (!nf_finite(x[i / dim * step + i % dim]))
+    for (int64_t i = 0; i < tokens * dim; i++) {
+        const float y = x[i / dim * step + i % dim];
+        if (!nf_finite(y) || y > 1e15f || y < -1e15f)
             return NF_E_VALUE;
+    }
     return NF_OK;
 }
 
@@ -116,7 +118,7 @@ static nf_status nf_check_calibration(const nf_projection_shape *shape, const nf
     nf_status status = nf_check_sample(c->q, c->q_tokens, c->q_stride, shape->dim);
     if (status == NF_OK)
         status = nf_check_sample(c->k, c->k_tokens, c->k_stride, shape->dim);
-    if (status == NF_OK && (!nf_finite(c->tau) || c->tau < 0 || c->tau > 1 || c->flags > 3))
+    if (status == NF_OK && (!nf_finite(c->tau) || (c->tau != 0 && c->tau < 1e-3f) || c->tau > 1 || c->flags > 3))
         status = NF_E_VALUE;
     return status;
 }
@@ -200,14 +202,24 @@ static void nf_projection_finish(const nf_projection_shape *shape, void *project
     head->hash = nf_hash(head->hash, p.constant, sizeof(float));
 }
 
-static nf_status nf_projection_init(const nf_projection_shape *shape, void *projection, uint64_t seed,
+static size_t nf_sample_extent(int64_t tokens, int64_t stride, int64_t dim)
+{
+    return (size_t)((tokens - 1) * (stride ? stride : dim) + dim) * sizeof(float);
+}
+
+static nf_status nf_projection_init(const nf_projection_shape *shape, void *projection, size_t bytes, uint64_t seed,
                                     const nf_calibration *calibration)
 {
-    const nf_status status = calibration ? nf_check_calibration(shape, calibration) : NF_OK;
+    const nf_calibration *c = calibration;
+    const nf_status status = c ? nf_check_calibration(shape, c) : NF_OK;
     if (!projection)
         return NF_E_NULL;
     if (!nf_aligned(projection, NF_ALIGN))
         return NF_E_ALIGN;
+    if (status == NF_OK && c &&
+        (nf_overlap(projection, bytes, c->q, nf_sample_extent(c->q_tokens, c->q_stride, shape->dim)) ||
+         nf_overlap(projection, bytes, c->k, nf_sample_extent(c->k_tokens, c->k_stride, shape->dim))))
+        return NF_E_OVERLAP;
     if (status == NF_OK) {
         nf_sample(shape, seed, nf_arrays(shape, projection).w);
         nf_projection_finish(shape, projection, calibration);
@@ -234,9 +246,13 @@ static nf_status nf_projection_from(const nf_projection_shape *shape, void *proj
         return status;
     if (flags & ~NF_KEEP_F32)
         return NF_E_VALUE;
-    for (int i = 0; i < count; i++)
-        if (!nf_finite(w[i]) || !nf_finite(nf_to_bf16(w[i])))
+    for (int r = 0; r < shape->rows; r++) { /* beyond, exponents would leave the range where whole numbers are exact */
+        float sum = 0;
+        for (int d = 0; d < shape->dim; d++)
+            sum += w[r * shape->dim + d] < 0 ? -w[r * shape->dim + d] : w[r * shape->dim + d];
+        if (!nf_finite(sum) || sum > 32000.0f)
             return NF_E_VALUE;
+    }
     for (int i = 0; i < count; i++)
         nf_arrays(shape, projection).w[i] = flags & NF_KEEP_F32 ? w[i] : nf_to_bf16(w[i]);
     nf_projection_finish(shape, projection, NULL);
@@ -255,7 +271,13 @@ static nf_status nf_projection_read(const nf_projection_shape *shape, const void
     return NF_OK;
 }
 
-/* floor(x) of a norm, below 2^23 thanks to NF_INPUT_LIMIT, or NaN. */
+/* A key's norm, cut off at 2^22 (where only absurd means in a calibration lead); NaN passes. */
+NF_INLINE double nf_limit(double norm)
+{
+    return norm > 4194304.0 ? 4194304.0 : norm < -4194304.0 ? -4194304.0 : norm;
+}
+
+/* floor(x) of a norm (below 2^23, see the row), or NaN. */
 NF_INLINE float nf_whole(double x)
 {
     const float near = (float)x;
@@ -379,7 +401,8 @@ static nf_status nf_state_reset(const nf_contract *c, const nf_args *args)
         return NF_E_NULL;
     if (!nf_aligned(p.args.state, NF_ALIGN))
         return NF_E_ALIGN;
-    if (nf_overlap(p.args.state, p.state_bytes, p.args.projection, nf_projection_extent(&p)))
+    if (nf_overlap(p.args.state, p.state_bytes, p.args.projection, nf_projection_extent(&p)) ||
+        nf_overlap(p.args.state, p.state_bytes, p.args.cu_tokens, ((size_t)p.args.sequences + 1) * sizeof(int32_t)))
         return NF_E_OVERLAP;
     head = (nf_state_head *)p.args.state;
     memset(head, 0, p.state_bytes);
@@ -417,6 +440,8 @@ static nf_status nf_state_merge(const nf_contract *c, void *dst, const void *a, 
         const nf_state_unit *y = (const nf_state_unit *)(const void *)((const char *)b + at);
         if (x->projection != y->projection || x->tokens < 0 || y->tokens < 0)
             return NF_E_STATE;
+        if (x->tokens > INT64_MAX - y->tokens)
+            return NF_E_OVERFLOW;
     }
     memmove(dst, a, sizeof *ha);
     for (int64_t u = 0; u < ha->units; u++) {

@@ -507,8 +507,7 @@ NF_INLINE double nf_v4_total(nf_v4_t x)
 /* Rows end between vectors of four lanes. */
 NF_INLINE nf_v4_t nf_v4_get(const float *p, int n)
 {
-    (void)n;
-    return nf_v4_load(p);
+    return n > 0 ? nf_v4_load(p) : nf_v4_set(0.0f);
 }
 
 NF_INLINE void nf_v4_put(float *p, nf_v4_t x, int n)
