@@ -78,8 +78,7 @@ CONTRACTS(KERNEL_DECLARE, unused)
 typedef struct way {
     const char *name;
     attend_fn forward, decode;
-    int chunk;    /* tokens per chunk */
-    double slack; /* of the tolerance above |k'| = 10: 2 for portable C, which has no fused multiply-add */
+    int chunk; /* tokens per chunk */
 } way;
 
 /* The i-th way; 0 where there are no more. */
@@ -90,8 +89,7 @@ static inline int way_at(const kernel *k, int i, way *w)
     for (int32_t j = 0, n = 0; j < count; j++)
         if (v[j].supported() && n++ == i) {
             const int chunk = number_in(v[j].name + strlen("nf_") + strlen(k->name), 'c');
-            *w = (way){v[j].name, i ? v[j].forward : k->forward, i ? v[j].decode : k->decode, chunk ? chunk : 32,
-                       strcmp(v[j].target, "c") ? 1 : 2};
+            *w = (way){v[j].name, i ? v[j].forward : k->forward, i ? v[j].decode : k->decode, chunk ? chunk : 32};
             return 1;
         }
     return 0;

@@ -9,7 +9,7 @@ static void agree(call *c, double norm, int64_t first, const char *what)
     EACH_WAY(c->k, w)
     {
         const nf_status s = call_run(c, w.forward);
-        const double tol = tolerance(c->k, &w, norm);
+        const double tol = tolerance(norm);
         double error;
         CHECK(s == NF_OK, "%s %s: %s", w.name, what, nf_status_text(s));
         error = call_error(c, first);

@@ -101,7 +101,7 @@ TEST_FAVOR(pieces)
         call_state(&c);
         EACH_WAY(k, w)
         {
-            const double tol = tolerance(k, &w, s.norm);
+            const double tol = tolerance(s.norm);
             static const int64_t largest[] = {1000, 70, 5, 1};
             block whole = block_make(c.state.bytes, 0);
             for (size_t p = 0; p < sizeof largest / sizeof *largest; p++) {
@@ -136,7 +136,7 @@ TEST_FAVOR(decode)
         call_blank(&c);
         for (int64_t t = 0; t < s.q_tokens; t++)
             CHECK(run_range(&c, w.decode, t, t + 1) == NF_OK, "%s", w.name);
-        CHECK(call_error(&c, 0) <= tolerance(k, &w, 10), "%s: error %.3g", w.name, call_error(&c, 0));
+        CHECK(call_error(&c, 0) <= tolerance(10), "%s: error %.3g", w.name, call_error(&c, 0));
         CHECK(call_intact(&c), "%s: wrote beside its rows", w.name);
     }
     call_free(&c);
@@ -162,7 +162,7 @@ TEST_FAVOR(absorb)
         CHECK(w.forward(&a, c.workspace.data, c.bytes) == NF_OK, "%s", w.name);
         CHECK(state_unit(&c.state, 1)->tokens == 100, "%s: token count", w.name);
         CHECK(run_range(&c, w.forward, 100, 120) == NF_OK, "%s", w.name);
-        CHECK(call_error(&c, 100) <= tolerance(k, &w, 10), "%s: error %.3g", w.name, call_error(&c, 100));
+        CHECK(call_error(&c, 100) <= tolerance(10), "%s: error %.3g", w.name, call_error(&c, 100));
     }
     call_free(&c);
 }
@@ -191,7 +191,7 @@ TEST_FAVOR(full_with_state)
             rest.v.data = row_at(c.a.v, 0, 70, 0);
             CHECK(w.forward(&rest, c.workspace.data, c.bytes) == NF_OK, "%s", w.name);
         }
-        CHECK(call_error(&c, 0) <= tolerance(k, &w, 10), "%s: error %.3g", w.name, call_error(&c, 0));
+        CHECK(call_error(&c, 0) <= tolerance(10), "%s: error %.3g", w.name, call_error(&c, 0));
     }
     call_free(&c);
 }
@@ -224,7 +224,7 @@ TEST_FAVOR(serialised)
         c.a.state = stored.data;
         call_blank(&c);
         CHECK(run_range(&c, w.forward, 61, 100) == NF_OK, "%s: a moved state is not taken", w.name);
-        CHECK(call_error(&c, 61) <= tolerance(k, &w, 10), "%s: error %.3g", w.name, call_error(&c, 61));
+        CHECK(call_error(&c, 61) <= tolerance(10), "%s: error %.3g", w.name, call_error(&c, 61));
     }
     block_free(&stored);
     call_free(&c);
@@ -298,7 +298,7 @@ TEST_FAVOR(merge_trees)
         sequential = block_make(c.state.bytes, 0);
         memcpy(sequential.data, c.state.data, c.state.bytes);
         for (int segments = 2; segments <= 20; segments += QUICK ? 6 : 3)
-            merge_randomly(&c, &sequential, segments, &random, 2 * tolerance(k, NULL, s.norm));
+            merge_randomly(&c, &sequential, segments, &random, 2 * tolerance(s.norm));
         block_free(&sequential);
         call_free(&c);
     }
@@ -333,7 +333,7 @@ TEST_FAVOR(merge_identity)
     CHECK(memcmp(both.data, first.data, both.bytes) == 0, "merge is not commutative");
     c.a.state = both.data;
     CHECK(run_range(&c, k->forward, 80, 100) == NF_OK, "forward");
-    CHECK(call_error(&c, 80) <= tolerance(k, NULL, 10), "after a merge: error %.3g", call_error(&c, 80));
+    CHECK(call_error(&c, 80) <= tolerance(10), "after a merge: error %.3g", call_error(&c, 80));
     block_free(&empty);
     block_free(&some);
     block_free(&both);
@@ -363,8 +363,7 @@ TEST_EXACT(exact_decode)
         {
             const nf_status status = call_run(&c, w.decode);
             CHECK(status == NF_OK, "%s shape %d: %s", w.name, (int)i, nf_status_text(status));
-            CHECK(call_error(&c, 0) <= tolerance(k, &w, s.norm), "%s shape %d: error %.3g", w.name, (int)i,
-                  call_error(&c, 0));
+            CHECK(call_error(&c, 0) <= tolerance(s.norm), "%s shape %d: error %.3g", w.name, (int)i, call_error(&c, 0));
             CHECK(call_intact(&c), "%s shape %d: wrote beside its rows", w.name, (int)i);
         }
         call_free(&c);
