@@ -1,8 +1,7 @@
 /* ---- nearfar core: what every kernel shares ------------------------------------------------------------------------
  *
- * One argument struct serves every operator and backend; all zero means default. Tensors are [batch, token, head, dim]
- * with the last dim contiguous; strides are in elements and 0 means dense. The tokens of packed sequences stand behind
- * one another in one batch entry, sequence s from cu_tokens[s] to cu_tokens[s + 1].
+ * One argument struct for every operator and backend; zero means default. Packed sequences stand behind one another in
+ * one batch entry, sequence s from cu_tokens[s] to cu_tokens[s + 1].
  */
 #if defined(NF_CORE_ABI) && NF_CORE_ABI != 1
 #error "two nearfar headers of different core ABI in one file: generate both with the same nearfar version"
