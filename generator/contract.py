@@ -42,10 +42,14 @@ class Operator:
 D = Number("d", "head dim", "a multiple of 8 from 8 to 256", tuple(range(8, 257, 8)))
 M = Number("m", "features (cosh: both signs counted)", "8, or a multiple of 16 up to 1024", (8, *range(16, 1025, 16)))
 
-# The schema. A new operator is one entry here, one in space.py and one template.
+B = Number("b", "block of tokens", "a multiple of 16 from 16 to 512", tuple(range(16, 513, 16)))
+
+# The schema. A new operator is one entry here, one in space.py and its templates.
 OPERATORS = {
     "favor": Operator("softmax attention estimated by positive random features", ("cosh", "exp"), ("f32",), (D, M)),
     "exact": Operator("softmax attention, the exact baseline", (), ("f32",), (D,)),
+    "sparse": Operator("softmax attention over a pattern: window, globals, blocks", (), ("f32",), (D, B)),
+    "hybrid": Operator("exact near by, random features far away, one sum", ("cosh", "exp"), ("f32",), (D, M, B)),
 }
 
 
@@ -58,6 +62,7 @@ class Contract:
     dtype: str
     d: int
     m: int = 0
+    b: int = 0
 
     @property
     def name(self) -> str:

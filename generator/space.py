@@ -68,7 +68,7 @@ EXACT = CPU | {
     "avx512": {"12x2": (96,), "8x2": (128, 64, 32), "8x3": (96, 48), "4x4": (128, 64)},
     "avx2": {"6x2": (96, 48), "4x3": (96, 48)},
 }
-SPACE = {("favor", "cpu"): CPU, ("exact", "cpu"): EXACT}
+SPACE = {("favor", "cpu"): CPU, ("exact", "cpu"): EXACT, ("sparse", "cpu"): EXACT, ("hybrid", "cpu"): CPU}
 
 
 def fault(variant: Variant, target: Target) -> str | None:

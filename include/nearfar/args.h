@@ -14,17 +14,29 @@
 #define NF_SCORE_LIMIT 1125899906842624.0f
 #define NF_NO_KEY (-1e30f) /* the reference R of a feature that has seen no key */
 
+struct nf_plan;
+
 /* What the common code must know of a contract. */
 typedef struct nf_contract {
-    uint64_t hash;       /* FNV-1a of the contract's name */
-    int64_t dim;         /* D, of queries, keys and values */
-    int64_t features;    /* M; 0: neither projection nor state */
-    size_t element;      /* bytes of a tensor element */
-    size_t workspace;    /* bytes, enough for every variant of the kernel */
-    size_t projection;   /* bytes of one projection */
-    size_t state_unit;   /* bytes of one nf_state_unit with its R, z and S */
-    float default_scale; /* 1/sqrt(D) */
+    uint64_t hash;                                    /* FNV-1a of the contract's name */
+    int64_t dim;                                      /* D, of queries, keys and values */
+    int64_t features;                                 /* M; 0: no projection */
+    int64_t block;                                    /* tokens of a block of the pattern; 0: takes no pattern */
+    size_t element;                                   /* bytes of a tensor element */
+    size_t workspace;                                 /* bytes, enough for every variant of the kernel */
+    size_t projection;                                /* bytes of one projection */
+    float default_scale;                              /* 1/sqrt(D) */
+    nf_status (*check_pattern)(struct nf_plan *plan); /* of operators over a pattern */
 } nf_contract;
+
+/* The backward's side of a unit, all strides resolved. */
+typedef struct nf_unit_grads {
+    const void *out, *dout;
+    const float *lse, *dlse; /* dlse may be NULL */
+    void *dq, *dk, *dv;
+    int64_t out_stride, dout_stride, dq_stride, dk_stride, dv_stride; /* elements from token to token */
+    int64_t out_head, dout_head, dq_head;                             /* elements from query head to query head */
+} nf_unit_grads;
 
 /* One unit of work: the queries of one group of heads against their kv head, all strides resolved. */
 typedef struct nf_unit {
@@ -39,14 +51,24 @@ typedef struct nf_unit {
     int32_t mask;
     const void *projection;
     nf_state_unit *state;
+    const nf_unit_grads *grads; /* NULL in a forward */
+    /* of operators over a pattern */
+    const nf_pattern *pattern;
+    int64_t first_head;           /* the group's first query head: index into what the pattern holds per head */
+    int64_t past;                 /* tokens that the state has seen: the position of the call's first key */
+    int64_t window;               /* sparse: tokens; hybrid: whole blocks before the query's own */
+    int64_t globals, ring;        /* rows of the state's near field */
+    float *near_key, *near_value; /* [globals + ring][D] in the state, or NULL */
 } nf_unit;
 
 /* The arguments with every default filled in. */
 typedef struct nf_plan {
     const nf_contract *contract;
     nf_args args;
+    const nf_grads *grads; /* NULL in a forward */
     int64_t group, begin, end, units;
-    size_t state_bytes;
+    int64_t window, globals, ring; /* as in nf_unit */
+    size_t state_unit, state_bytes;
 } nf_plan;
 
 typedef void (*nf_unit_fn)(const nf_unit *unit, void *workspace);
@@ -172,18 +194,26 @@ static nf_status nf_extent(const nf_contract *c, int64_t batch, int64_t tokens, 
     return *bytes && !nf_aligned(data, c->element) ? NF_E_ALIGN : NF_OK;
 }
 
-/* The hash that ties a state to the features and the scale it was made with. */
+/* The hash that ties a state to the features, the scale and the pattern it was made with. */
 NF_UNUSED static uint64_t nf_state_hash(const nf_plan *p, int64_t unit)
 {
     const nf_args *a = &p->args;
-    const char *projection = (const char *)a->projection + (size_t)(unit % a->kv_heads) * a->projection_stride;
-    return nf_hash(((const nf_projection_head *)(const void *)projection)->hash, &a->scale, sizeof a->scale);
+    uint64_t hash = p->contract->hash;
+    if (p->contract->features) {
+        const char *projection = (const char *)a->projection + (size_t)(unit % a->kv_heads) * a->projection_stride;
+        hash = nf_hash(((const nf_projection_head *)(const void *)projection)->hash, &a->scale, sizeof a->scale);
+    }
+    if (p->contract->block) {
+        const int64_t pattern[3] = {p->window, p->globals, (int64_t)a->pattern->flags};
+        hash = nf_hash(hash, pattern, sizeof pattern);
+    }
+    return hash;
 }
 
 /* The nf_state_unit of a unit. */
-NF_UNUSED static nf_state_unit *nf_state_at(const nf_contract *c, void *state, int64_t unit)
+NF_UNUSED static nf_state_unit *nf_state_at(const nf_plan *p, int64_t unit)
 {
-    return (nf_state_unit *)(void *)((char *)state + sizeof(nf_state_head) + (size_t)unit * c->state_unit);
+    return (nf_state_unit *)(void *)((char *)p->args.state + sizeof(nf_state_head) + (size_t)unit * p->state_unit);
 }
 
 /* Sizes, heads, mask, scale and packing; fills in the defaults. Reads no tensor. */
@@ -194,6 +224,9 @@ static nf_status nf_check_shape(const nf_contract *c, const nf_args *args, nf_pl
         return NF_E_NULL;
     *a = *args;
     p->contract = c;
+    p->grads = NULL;
+    p->window = p->globals = p->ring = 0;
+    p->state_unit = sizeof(nf_state_unit) + (size_t)(c->features * (c->dim + 2)) * sizeof(float);
     if (a->batch < 1 || a->heads < 1 || a->kv_heads < 0 || a->q_tokens < 0 || a->kv_tokens < 0 || a->sequences < 0)
         return NF_E_SIZE;
     if (a->kv_heads == 0)
@@ -210,8 +243,6 @@ static nf_status nf_check_shape(const nf_contract *c, const nf_args *args, nf_pl
         return NF_E_SCALE;
     if (a->scale == 0)
         a->scale = c->default_scale;
-    if (a->pattern)
-        return NF_E_PATTERN;
     p->group = a->heads / a->kv_heads;
     if (a->cu_tokens) {
         if (!nf_aligned(a->cu_tokens, sizeof(int32_t)))
@@ -226,12 +257,22 @@ static nf_status nf_check_shape(const nf_contract *c, const nf_args *args, nf_pl
     } else if (a->sequences) {
         return NF_E_PACKED;
     }
+    if (c->block) {
+        const nf_status status = c->check_pattern(p);
+        if (status != NF_OK)
+            return status;
+    }
     p->units = nf_product(a->cu_tokens ? a->sequences : a->batch, a->kv_heads);
     if (p->units < 0 || nf_product(nf_product(nf_product(a->batch, a->heads), a->q_tokens), c->dim * 8) < 0 ||
-        nf_product(nf_product(nf_product(a->batch, a->kv_heads), a->kv_tokens), c->dim * 8) < 0 ||
-        nf_product(p->units, (int64_t)c->state_unit + 1) < 0)
+        nf_product(nf_product(nf_product(a->batch, a->kv_heads), a->kv_tokens), c->dim * 8) < 0)
         return NF_E_OVERFLOW;
-    p->state_bytes = c->features ? sizeof(nf_state_head) + (size_t)p->units * c->state_unit : 0;
+    if (nf_product(p->units, (int64_t)p->state_unit + 1) < 0) {
+        if (a->state || !c->block)
+            return NF_E_OVERFLOW;
+        p->state_unit = 0; /* a window that no state could hold */
+    }
+    p->state_bytes =
+        (c->features || c->block) && p->state_unit ? sizeof(nf_state_head) + (size_t)p->units * p->state_unit : 0;
     if (a->split_begin < 0 || a->split_count < 0 || a->split_begin > p->units ||
         a->split_count > p->units - a->split_begin)
         return NF_E_SPLIT;
@@ -277,110 +318,237 @@ static nf_status nf_check_state(const nf_plan *p)
     const nf_state_head *head = (const nf_state_head *)a->state;
     if (!a->state)
         return NF_OK;
-    if (!p->contract->features)
+    if (!p->state_bytes)
         return NF_E_STATE;
     if (!nf_aligned(a->state, NF_ALIGN))
         return NF_E_ALIGN;
     if (head->magic != NF_MAGIC_STATE || head->abi != NF_CORE_ABI || head->contract != p->contract->hash ||
-        head->units != p->units)
+        head->units != p->units || head->unit_bytes != (int64_t)p->state_unit)
         return NF_E_STATE;
     for (int64_t u = p->begin; u < p->end; u++) {
-        const nf_state_unit *unit = nf_state_at(p->contract, a->state, u);
-        if (unit->projection != nf_state_hash(p, u) || unit->tokens < 0)
+        const nf_state_unit *unit = nf_state_at(p, u);
+        if (unit->hash != nf_state_hash(p, u) || unit->tokens < 0 || unit->tokens > (int64_t)1 << 47)
             return NF_E_STATE;
     }
     return NF_OK;
 }
 
-/* Everything about a forward or decode call. Writes nothing but *p. */
-static nf_status nf_check(const nf_contract *c, const nf_args *args, void *workspace, size_t bytes, int decode,
-                          nf_plan *p)
+/* Where the call's inputs lie: q, k, v, the projections and the lists, with their extents in bytes. */
+typedef struct nf_memory {
+    const void *at[16];
+    size_t bytes[16];
+    int count;
+} nf_memory;
+
+static void nf_claim(nf_memory *m, const void *at, size_t bytes)
 {
-    nf_status status = nf_check_shape(c, args, p);
+    m->at[m->count] = at;
+    m->bytes[m->count++] = bytes;
+}
+
+/* Do the first `written` regions meet one another or anything else? */
+static int nf_meet(const nf_memory *m, int written)
+{
+    for (int i = 0; i < written; i++)
+        for (int j = i + 1; j < m->count; j++)
+            if (nf_overlap(m->at[i], m->bytes[i], m->at[j], m->bytes[j]))
+                return 1;
+    return 0;
+}
+
+/* Claim what every call reads. */
+static nf_status nf_check_inputs(nf_plan *p, nf_memory *m)
+{
+    const nf_contract *c = p->contract;
     nf_args *a = &p->args;
-    size_t q, k, v, out;
-    if (status != NF_OK)
-        return status;
-    if (decode && a->mask != NF_CAUSAL)
-        return NF_E_MASK;
-    if (decode && c->features && a->kv_tokens != a->q_tokens)
-        return NF_E_TOKENS;
-    if (decode && c->features && !a->state)
-        return NF_E_NULL;
+    size_t q, k, v;
+    nf_status status;
     if ((status = nf_extent(c, a->batch, a->q_tokens, a->heads, a->q.data, &a->q.batch_stride, &a->q.token_stride,
                             &a->q.head_stride, 0, &q)) != NF_OK ||
         (status = nf_extent(c, a->batch, a->kv_tokens, a->kv_heads, a->k.data, &a->k.batch_stride, &a->k.token_stride,
                             &a->k.head_stride, 0, &k)) != NF_OK ||
         (status = nf_extent(c, a->batch, a->kv_tokens, a->kv_heads, a->v.data, &a->v.batch_stride, &a->v.token_stride,
                             &a->v.head_stride, 0, &v)) != NF_OK ||
-        (status = nf_extent(c, a->batch, a->q_tokens, a->heads, a->out.data, &a->out.batch_stride, &a->out.token_stride,
-                            &a->out.head_stride, 1, &out)) != NF_OK ||
-        (status = nf_check_projection(p)) != NF_OK || (status = nf_check_state(p)) != NF_OK)
+        (status = nf_check_projection(p)) != NF_OK)
         return status;
-    if (!workspace)
-        return NF_E_NULL;
-    if (!nf_aligned(workspace, NF_ALIGN) || (a->lse && !nf_aligned(a->lse, sizeof(float))))
-        return NF_E_ALIGN;
-    if (bytes < c->workspace)
-        return NF_E_WORKSPACE;
-    { /* What may be written, the first four, meets neither itself nor what is read. */
-        const size_t lse = (size_t)a->batch * (size_t)a->heads * (size_t)a->q_tokens * sizeof(float);
-        const void *at[9] = {a->out.data, a->lse,    workspace,     a->state,    a->q.data,
-                             a->k.data,   a->v.data, a->projection, a->cu_tokens};
-        const size_t extent[9] = {out,
-                                  lse,
-                                  c->workspace,
-                                  p->state_bytes,
-                                  q,
-                                  k,
-                                  v,
-                                  nf_projection_extent(p),
-                                  ((size_t)a->sequences + 1) * sizeof(int32_t)};
-        for (int i = 0; i < 4; i++)
-            for (int j = i + 1; j < 9; j++)
-                if (nf_overlap(at[i], extent[i], at[j], extent[j]))
-                    return NF_E_OVERLAP;
+    nf_claim(m, a->q.data, q);
+    nf_claim(m, a->k.data, k);
+    nf_claim(m, a->v.data, v);
+    nf_claim(m, a->projection, p->contract->features ? nf_projection_extent(p) : 0);
+    nf_claim(m, a->cu_tokens, ((size_t)a->sequences + 1) * sizeof(int32_t));
+    if (c->block) {
+        const nf_pattern *pattern = a->pattern;
+        const size_t offsets = (size_t)(pattern->block_heads * (pattern->block_rows + 1));
+        nf_claim(m, pattern, sizeof *pattern);
+        nf_claim(m, pattern->dilation, (size_t)a->heads * sizeof(int32_t));
+        nf_claim(m, pattern->far_gain, (size_t)a->heads * sizeof(float));
+        nf_claim(m, pattern->global_tokens, (size_t)pattern->global_count * sizeof(int32_t));
+        nf_claim(m, pattern->block_offsets, offsets * sizeof(int32_t));
+        nf_claim(m, pattern->block_keys, (size_t)pattern->block_count * sizeof(int32_t));
     }
     return NF_OK;
 }
 
+static nf_status nf_check_workspace(const nf_contract *c, const void *workspace, size_t bytes)
+{
+    if (!workspace)
+        return NF_E_NULL;
+    if (!nf_aligned(workspace, NF_ALIGN))
+        return NF_E_ALIGN;
+    return bytes < c->workspace ? NF_E_WORKSPACE : NF_OK;
+}
+
+/* Everything about a forward or decode call. Writes nothing but *p. */
+static nf_status nf_check(const nf_contract *c, const nf_args *args, void *workspace, size_t bytes, int decode,
+                          nf_plan *p)
+{
+    const int stateful = c->features || c->block;
+    nf_status status = nf_check_shape(c, args, p);
+    nf_args *a = &p->args;
+    nf_memory m = {{NULL}, {0}, 4};
+    if (status != NF_OK)
+        return status;
+    if (decode && a->mask != NF_CAUSAL)
+        return NF_E_MASK;
+    if (decode && c->features && !a->state)
+        return NF_E_NULL;
+    if (decode && stateful && a->state && a->kv_tokens != a->q_tokens)
+        return NF_E_TOKENS;
+    if ((status = nf_check_inputs(p, &m)) != NF_OK ||
+        (status = nf_extent(c, a->batch, a->q_tokens, a->heads, a->out.data, &a->out.batch_stride, &a->out.token_stride,
+                            &a->out.head_stride, 1, &m.bytes[0])) != NF_OK ||
+        (status = nf_check_state(p)) != NF_OK || (status = nf_check_workspace(c, workspace, bytes)) != NF_OK)
+        return status;
+    if (a->lse && !nf_aligned(a->lse, sizeof(float)))
+        return NF_E_ALIGN;
+    m.at[0] = a->out.data;
+    m.at[1] = a->lse, m.bytes[1] = (size_t)a->batch * (size_t)a->heads * (size_t)a->q_tokens * sizeof(float);
+    m.at[2] = workspace, m.bytes[2] = c->workspace;
+    m.at[3] = a->state, m.bytes[3] = p->state_bytes;
+    return nf_meet(&m, 4) ? NF_E_OVERLAP : NF_OK;
+}
+
+/* Everything about a backward call; *grads becomes the caller's with its dense strides filled in. */
+NF_UNUSED static nf_status nf_check_backward(const nf_contract *c, const nf_args *args, nf_grads *grads,
+                                             void *workspace, size_t bytes, nf_plan *p)
+{
+    nf_status status = nf_check_shape(c, args, p);
+    const nf_args *a = &p->args;
+    nf_memory m = {{NULL}, {0}, 4};
+    nf_input *const read[2] = {&grads->out, &grads->dout};
+    nf_output *const written[3] = {&grads->dq, &grads->dk, &grads->dv};
+    const size_t sums = (size_t)(status == NF_OK ? a->batch * a->heads * a->q_tokens : 0) * sizeof(float);
+    if (status == NF_OK && a->state)
+        status = NF_E_STATE;
+    if (status != NF_OK || (status = nf_check_inputs(p, &m)) != NF_OK)
+        return status;
+    for (int i = 0; i < 2; i++) {
+        size_t extent;
+        if ((status = nf_extent(c, a->batch, a->q_tokens, a->heads, read[i]->data, &read[i]->batch_stride,
+                                &read[i]->token_stride, &read[i]->head_stride, 0, &extent)) != NF_OK)
+            return status;
+        nf_claim(&m, read[i]->data, extent);
+    }
+    for (int i = 0; i < 3; i++) {
+        m.at[i] = written[i]->data;
+        if ((status = nf_extent(c, a->batch, i ? a->kv_tokens : a->q_tokens, i ? a->kv_heads : a->heads,
+                                written[i]->data, &written[i]->batch_stride, &written[i]->token_stride,
+                                &written[i]->head_stride, 1, &m.bytes[i])) != NF_OK)
+            return status;
+    }
+    if (!grads->lse && a->q_tokens)
+        return NF_E_NULL;
+    if (!nf_aligned(grads->lse, sizeof(float)) || !nf_aligned(grads->dlse, sizeof(float)))
+        return NF_E_ALIGN;
+    if ((status = nf_check_workspace(c, workspace, bytes)) != NF_OK)
+        return status;
+    nf_claim(&m, grads->lse, sums);
+    nf_claim(&m, grads->dlse, sums);
+    m.at[3] = workspace, m.bytes[3] = c->workspace;
+    p->grads = grads;
+    return nf_meet(&m, 4) ? NF_E_OVERLAP : NF_OK;
+}
+
+/* A unit's place in a tensor. */
+static size_t nf_offset(const nf_plan *p, int64_t batch, int64_t token, int64_t head, int64_t batch_stride,
+                        int64_t token_stride, int64_t head_stride)
+{
+    return (size_t)(batch * batch_stride + token * token_stride + head * head_stride) * p->contract->element;
+}
+#define NF_AT(pointer, tensor, head) \
+    ((pointer)(tensor).data + \
+     nf_offset(p, batch, first, head, (tensor).batch_stride, (tensor).token_stride, (tensor).head_stride))
+
+/* The unit of a plan. */
+static nf_unit nf_unit_at(const nf_plan *p, int64_t unit, nf_unit_grads *grads)
+{
+    const nf_args *a = &p->args;
+    const int64_t entry = unit / a->kv_heads, h = unit % a->kv_heads, batch = a->cu_tokens ? 0 : entry;
+    const int64_t first = a->cu_tokens ? a->cu_tokens[entry] : 0, head = h * p->group;
+    const int64_t row = (batch * a->heads + head) * a->q_tokens + first;
+    nf_unit u;
+    memset(&u, 0, sizeof u);
+    u.q_tokens = a->cu_tokens ? a->cu_tokens[entry + 1] - first : a->q_tokens;
+    u.kv_tokens = a->cu_tokens ? u.q_tokens : a->kv_tokens;
+    u.q_stride = a->q.token_stride, u.k_stride = a->k.token_stride;
+    u.v_stride = a->v.token_stride, u.out_stride = a->out.token_stride;
+    u.q_head = a->q.head_stride, u.out_head = a->out.head_stride, u.lse_head = a->q_tokens;
+    if (u.q_tokens) {
+        u.q = NF_AT(const char *, a->q, head);
+        if (!p->grads) {
+            u.out = NF_AT(char *, a->out, head);
+            u.lse = a->lse ? a->lse + row : NULL;
+        }
+    }
+    if (u.kv_tokens) {
+        u.k = NF_AT(const char *, a->k, h);
+        u.v = NF_AT(const char *, a->v, h);
+    }
+    u.group = p->group;
+    u.scale = a->scale;
+    u.mask = a->mask;
+    u.projection =
+        a->projection && p->contract->features ? (const char *)a->projection + (size_t)h * a->projection_stride : NULL;
+    u.pattern = a->pattern;
+    u.first_head = head;
+    u.window = p->window, u.globals = p->globals, u.ring = p->ring;
+    if (a->state && !p->grads) {
+        u.state = nf_state_at(p, unit);
+        u.past = u.state->tokens;
+        u.near_key = (float *)(void *)(u.state + 1) + p->contract->features * (p->contract->dim + 2);
+        u.near_value = u.near_key + (p->globals + p->ring) * p->contract->dim;
+    }
+    if (p->grads) {
+        const nf_grads *g = p->grads;
+        memset(grads, 0, sizeof *grads);
+        grads->out_stride = g->out.token_stride, grads->dout_stride = g->dout.token_stride;
+        grads->dq_stride = g->dq.token_stride, grads->dk_stride = g->dk.token_stride;
+        grads->dv_stride = g->dv.token_stride;
+        grads->out_head = g->out.head_stride, grads->dout_head = g->dout.head_stride;
+        grads->dq_head = g->dq.head_stride;
+        if (u.q_tokens) {
+            grads->out = NF_AT(const char *, g->out, head);
+            grads->dout = NF_AT(const char *, g->dout, head);
+            grads->dq = NF_AT(char *, g->dq, head);
+            grads->lse = g->lse + row;
+            grads->dlse = g->dlse ? g->dlse + row : NULL;
+        }
+        if (u.kv_tokens) {
+            grads->dk = NF_AT(char *, g->dk, h);
+            grads->dv = NF_AT(char *, g->dv, h);
+        }
+        u.grads = grads;
+    }
+    return u;
+}
+#undef NF_AT
+
 /* Run every unit of a checked plan. */
 static void nf_run(const nf_plan *p, nf_unit_fn run, void *workspace)
 {
-    const nf_args *a = &p->args;
-    const int64_t element = (int64_t)p->contract->element;
     for (int64_t unit = p->begin; unit < p->end; unit++) {
-        const int64_t entry = unit / a->kv_heads, h = unit % a->kv_heads, batch = a->cu_tokens ? 0 : entry;
-        const int64_t first = a->cu_tokens ? a->cu_tokens[entry] : 0;
-        const int64_t head = h * p->group;
-        nf_unit u;
-        u.q_tokens = a->cu_tokens ? a->cu_tokens[entry + 1] - first : a->q_tokens;
-        u.kv_tokens = a->cu_tokens ? u.q_tokens : a->kv_tokens;
-        u.q_stride = a->q.token_stride, u.k_stride = a->k.token_stride;
-        u.v_stride = a->v.token_stride, u.out_stride = a->out.token_stride;
-        u.q_head = a->q.head_stride, u.out_head = a->out.head_stride, u.lse_head = a->q_tokens;
-        u.q = u.k = u.v = NULL;
-        u.out = NULL;
-        u.lse = NULL;
-        if (u.q_tokens) {
-            u.q =
-                (const char *)a->q.data + (batch * a->q.batch_stride + first * u.q_stride + head * u.q_head) * element;
-            u.out = (char *)a->out.data +
-                    (batch * a->out.batch_stride + first * u.out_stride + head * u.out_head) * element;
-            if (a->lse)
-                u.lse = a->lse + (batch * a->heads + head) * a->q_tokens + first;
-        }
-        if (u.kv_tokens) {
-            u.k = (const char *)a->k.data +
-                  (batch * a->k.batch_stride + first * u.k_stride + h * a->k.head_stride) * element;
-            u.v = (const char *)a->v.data +
-                  (batch * a->v.batch_stride + first * u.v_stride + h * a->v.head_stride) * element;
-        }
-        u.group = p->group;
-        u.scale = a->scale;
-        u.mask = a->mask;
-        u.projection = a->projection ? (const char *)a->projection + (size_t)h * a->projection_stride : NULL;
-        u.state = a->state ? nf_state_at(p->contract, a->state, unit) : NULL;
+        nf_unit_grads grads;
+        const nf_unit u = nf_unit_at(p, unit, &grads);
         run(&u, workspace);
         if (u.state)
             u.state->tokens += u.kv_tokens;

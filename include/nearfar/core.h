@@ -42,16 +42,21 @@ extern "C" {
     X(NF_E_OVERLAP, -13, "memory to be written overlaps other memory of the call") \
     X(NF_E_PROJECTION, -14, "this is not a projection of this contract, or it was never initialised") \
     X(NF_E_STATE, -15, "this state is of another contract, projection, scale or number of units, or was never reset") \
-    X(NF_E_PATTERN, -16, "this operator takes no pattern") \
+    X(NF_E_PATTERN, -16, \
+      "the pattern lets no key be seen, or asks for what this call cannot give: lists need the keys, not a state") \
     X(NF_E_VALUE, -17, \
       "a matrix or sample is not finite or too large, tau is not in [0.001, 1], or a flag is unknown") \
-    X(NF_E_UNSUPPORTED, -18, "this processor or device lacks what the variant needs")
+    X(NF_E_UNSUPPORTED, -18, "this processor or device lacks what the variant needs") \
+    X(NF_E_WINDOW, -19, "window must be from 0 to 2^40, every dilation from 1 to 2^20") \
+    X(NF_E_GLOBALS, -20, "globals must not be negative, global_tokens must rise strictly within the keys") \
+    X(NF_E_BLOCKS, -21, \
+      "block_offsets must rise from 0 to block_count and cover every query, block_keys rise strictly within the keys")
 
 typedef enum nf_status {
 #define NF_STATUS_ENUM(name, value, text) name = value,
     NF_STATUS_LIST(NF_STATUS_ENUM)
 #undef NF_STATUS_ENUM
-        NF_STATUS_COUNT = 19
+        NF_STATUS_COUNT = 22
 } nf_status;
 
 /* The sentence that belongs to a status. */
@@ -83,7 +88,32 @@ typedef struct nf_output {
     int64_t batch_stride, token_stride, head_stride;
 } nf_output;
 
-struct nf_pattern;
+/* Which keys a query sees, within the mask: the union of the parts, each key once. Positions count from the first token
+ * of the sequence (with a state: from the first token that it has seen). The query of the last token sees the last key.
+ *   window    sparse: the last `window` keys, the query's own among them (NF_FULL: as many on the other side too), of a
+ *             head with dilation d every d-th of them. hybrid: at least so many keys before the query's, in whole
+ * blocks. globals   the first `globals` tokens and those listed: every query sees them, and they see every key. blocks
+ * sparse: query block b of list h sees the key blocks block_keys[block_offsets[h * (block_rows + 1) + b]] up to that of
+ * b + 1. Offsets run through all lists: the first is 0, the last block_count. A state carries window and `globals`; for
+ * listed tokens and blocks the call must hold all the keys. */
+typedef struct nf_pattern {
+    int64_t window;               /* 0: none (hybrid: the query's own block alone) */
+    const int32_t *dilation;      /* [heads], or NULL: 1 for all */
+    int64_t globals;              /* 0: none */
+    const int32_t *global_tokens; /* [global_count] rising positions, or NULL */
+    int64_t global_count;
+    int64_t block;                /* tokens of a block in the lists: the contract's, or 0 without lists */
+    int64_t block_heads;          /* number of lists: 1, the same for all heads, or heads */
+    int64_t block_rows;           /* query blocks of each list */
+    int64_t block_count;          /* length of block_keys */
+    const int32_t *block_offsets; /* [block_heads * (block_rows + 1)], or NULL: no lists */
+    const int32_t *block_keys;    /* [block_count] numbers of key blocks, rising within each row */
+    const float *far_gain;        /* hybrid: [heads] added to the logits of the far field, or NULL: 0 */
+    uint32_t flags;               /* hybrid: NF_FAR_EXACT */
+} nf_pattern;
+
+#define NF_FAR_EXACT \
+    1u /* the other way round: features within the window, exact softmax to the globals, nothing else */
 
 /* The arguments of every forward and decode. Sizes are counts, all of them signed 64 bit. */
 typedef struct nf_args {
@@ -93,20 +123,29 @@ typedef struct nf_args {
     int64_t q_tokens;  /* queries per sequence; packed: all tokens together */
     int64_t kv_tokens; /* keys per sequence; 0 = q_tokens */
     nf_input q, k, v;
-    nf_output out;                    /* overlaps no other memory of the call */
-    float *lse;                       /* [batch, heads, q_tokens] natural log of the kernel sum, or NULL */
-    float scale;                      /* of the logits; 0 = 1/sqrt(D) */
-    int32_t mask;                     /* nf_mask */
-    const int32_t *cu_tokens;         /* packed sequences: their sequences + 1 borders, or NULL */
-    int64_t sequences;                /* number of packed sequences */
-    const void *projection;           /* of operators with random features */
-    size_t projection_stride;         /* bytes from one kv head's projection to the next; 0 = one for all heads */
-    const struct nf_pattern *pattern; /* of operators over a pattern */
-    void *state;                      /* carried in and out, or NULL */
-    int64_t split_begin; /* first unit of this call; a unit is one kv head of one batch entry or sequence */
-    int64_t split_count; /* units of this call; 0 = all from split_begin on */
-    void *stream;        /* GPU stream; ignored on a CPU */
+    nf_output out;             /* overlaps no other memory of the call */
+    float *lse;                /* [batch, heads, q_tokens] natural log of the kernel sum, or NULL */
+    float scale;               /* of the logits; 0 = 1/sqrt(D) */
+    int32_t mask;              /* nf_mask */
+    const int32_t *cu_tokens;  /* packed sequences: their sequences + 1 borders, or NULL */
+    int64_t sequences;         /* number of packed sequences */
+    const void *projection;    /* of operators with random features */
+    size_t projection_stride;  /* bytes from one kv head's projection to the next; 0 = one for all heads */
+    const nf_pattern *pattern; /* of operators over a pattern; the others see every key */
+    void *state;               /* carried in and out, or NULL */
+    int64_t split_begin;       /* first unit of this call; a unit is one kv head of one batch entry or sequence */
+    int64_t split_count;       /* units of this call; 0 = all from split_begin on */
+    void *stream;              /* GPU stream; ignored on a CPU */
 } nf_args;
+
+/* What the backward of a forward call takes and gives. Tensors [batch, token, head, dim] as in nf_args; lse and dlse
+ * [batch, heads, q_tokens]. Written are dq, dk and dv, all of them, and nothing is added to what they held. */
+typedef struct nf_grads {
+    nf_input out, dout; /* the forward's output, and the loss's gradient by it */
+    const float *lse;   /* the forward's lse */
+    const float *dlse;  /* the loss's gradient by lse, or NULL: 0 */
+    nf_output dq, dk, dv;
+} nf_grads;
 
 /* A sample of one head's queries and keys (rows of D floats), from which a projection is fitted to the head: the means
  * are taken out (exact: softmax does not see them), the channels of q and k are balanced by Psi, and the logits are
@@ -131,29 +170,33 @@ typedef struct nf_projection_head {
     uint32_t reserved[10];
 } nf_projection_head;
 
-/* A state: one nf_state_head, then for every batch entry (or sequence) and kv head an nf_state_unit followed by
- * float R[M], z[M], S[M][D]: feature r holds z = sum_j 2^(l_jr - R) and S = sum_j 2^(l_jr - R) v_j over the keys j seen
- * so far, l the base-2 exponent of the key's feature and R a whole number (-1e30 while no key was seen). */
+/* A state: one nf_state_head, then for every batch entry (or sequence) and kv head an nf_state_unit followed by what
+ * the operator carries. Far field, float R[M], z[M], S[M][D]: feature r holds z = sum_j 2^(l_jr - R) and S = sum_j
+ * 2^(l_jr - R) v_j over the keys j seen so far, l the base-2 exponent of the key's feature and R a whole number (-1e30
+ * while no key was seen). Near field, float K[rows][D], V[rows][D], rows = globals + ring: the first tokens, then the
+ * token at position p in row globals + p % ring. */
 typedef struct nf_state_head {
     uint32_t magic, abi;
     uint64_t contract;
-    int64_t units;
-    uint32_t reserved[10];
+    int64_t units, unit_bytes;
+    int64_t globals, ring; /* rows of the near field */
+    uint32_t reserved[4];
 } nf_state_head;
 
 typedef struct nf_state_unit {
-    uint64_t projection; /* hash of projection and scale */
-    int64_t tokens;      /* keys folded in so far */
+    uint64_t hash;  /* of projection, scale and pattern */
+    int64_t tokens; /* tokens seen so far */
     uint32_t reserved[12];
 } nf_state_unit;
 
 /* One way to run a kernel. Variants of one kernel are interchangeable; a variant run where supported() is 0 returns
  * NF_E_UNSUPPORTED. */
 typedef struct nf_variant {
-    const char *name;   /* also the symbol's stem: <name>_forward, <name>_decode */
+    const char *name;   /* also the symbol's stem: <name>_forward, _decode, _backward */
     const char *target; /* instruction set */
     nf_status (*forward)(const nf_args *args, void *workspace, size_t bytes);
     nf_status (*decode)(const nf_args *args, void *workspace, size_t bytes);
+    nf_status (*backward)(const nf_args *args, const nf_grads *grads, void *workspace, size_t bytes);
     int (*supported)(void);
 } nf_variant;
 

@@ -1,0 +1,107 @@
+/* ---- patterns: checked and resolved before any work
+ * ------------------------------------------------------------------ */
+#ifndef NF_PATTERN_CHECK_READY
+#define NF_PATTERN_CHECK_READY
+
+/* Strictly rising numbers from 0 to below the limit? */
+static int nf_rising(const int32_t *x, int64_t count, int64_t limit)
+{
+    for (int64_t i = 0; i < count; i++)
+        if (x[i] < 0 || x[i] >= limit || (i > 0 && x[i] <= x[i - 1]))
+            return 0;
+    return 1;
+}
+
+/* The lists of a pattern, for sequences of up to `tokens` keys. */
+static nf_status nf_check_lists(const nf_contract *c, const nf_pattern *pattern, int64_t heads, int64_t tokens)
+{
+    const int64_t blocks = (tokens + c->block - 1) / c->block;
+    const int32_t *offset = pattern->block_offsets;
+    if (pattern->global_count && !pattern->global_tokens)
+        return NF_E_NULL;
+    if (!nf_aligned(pattern->global_tokens, sizeof(int32_t)) || !nf_aligned(offset, sizeof(int32_t)) ||
+        !nf_aligned(pattern->block_keys, sizeof(int32_t)))
+        return NF_E_ALIGN;
+    if (!nf_rising(pattern->global_tokens, pattern->global_count, tokens))
+        return NF_E_GLOBALS;
+    if (!offset)
+        return pattern->block || pattern->block_heads || pattern->block_rows || pattern->block_count ? NF_E_BLOCKS
+                                                                                                     : NF_OK;
+    if (c->features) /* hybrid: the far field is there for what the near one leaves out */
+        return NF_E_PATTERN;
+    if (pattern->block_count && !pattern->block_keys)
+        return NF_E_NULL;
+    if (pattern->block != c->block || (pattern->block_heads != 1 && pattern->block_heads != heads) ||
+        pattern->block_rows < blocks || pattern->block_count < 0 ||
+        nf_product(pattern->block_heads, nf_product(pattern->block_rows, 8) + 8) < 0 || offset[0] != 0)
+        return NF_E_BLOCKS;
+    for (int64_t h = 0; h < pattern->block_heads; h++)
+        for (int64_t b = 0; b <= pattern->block_rows; b++) {
+            const int64_t at = h * (pattern->block_rows + 1) + b;
+            const int64_t last = at + 1 == pattern->block_heads * (pattern->block_rows + 1);
+            if (last ? offset[at] != pattern->block_count
+                     : offset[at + 1] < offset[at] || offset[at + 1] > pattern->block_count)
+                return NF_E_BLOCKS;
+            if (b < pattern->block_rows &&
+                !nf_rising(pattern->block_keys + offset[at], offset[at + 1] - offset[at], blocks))
+                return NF_E_BLOCKS;
+        }
+    return NF_OK;
+}
+
+/* The pattern, and the rows of the near field that a state carries for it. */
+static nf_status nf_check_pattern(nf_plan *p)
+{
+    const nf_contract *c = p->contract;
+    const nf_args *a = &p->args;
+    const nf_pattern *pattern = a->pattern;
+    int64_t dilation = 1, tokens = a->kv_tokens, rows;
+    nf_status status;
+    if (!pattern)
+        return NF_E_NULL;
+    if (pattern->window < 0 || pattern->window > (int64_t)1 << 40)
+        return NF_E_WINDOW;
+    if (!nf_aligned(pattern->dilation, sizeof(int32_t)) || !nf_aligned(pattern->far_gain, sizeof(float)))
+        return NF_E_ALIGN;
+    for (int64_t h = 0; pattern->dilation && h < a->heads; h++) {
+        if (pattern->dilation[h] < 1 || pattern->dilation[h] > 1 << 20)
+            return NF_E_WINDOW;
+        dilation = pattern->dilation[h] > dilation ? pattern->dilation[h] : dilation;
+    }
+    for (int64_t h = 0; pattern->far_gain && h < a->heads; h++)
+        if (!nf_finite(pattern->far_gain[h]))
+            return NF_E_VALUE;
+    if (pattern->globals < 0 || pattern->globals > (int64_t)1 << 40 || pattern->global_count < 0)
+        return NF_E_GLOBALS;
+    if (pattern->flags & ~(c->features ? NF_FAR_EXACT : 0u))
+        return NF_E_VALUE;
+    if ((c->features && dilation > 1) ||
+        (!c->features && !pattern->window && !pattern->globals && !pattern->global_count && !pattern->block_offsets))
+        return NF_E_PATTERN;
+    if (a->cu_tokens) {
+        tokens = 0;
+        for (int64_t s = 0; s < a->sequences; s++)
+            tokens = a->cu_tokens[s + 1] - a->cu_tokens[s] > tokens ? a->cu_tokens[s + 1] - a->cu_tokens[s] : tokens;
+    }
+    if ((status = nf_check_lists(c, pattern, a->heads, tokens)) != NF_OK)
+        return status;
+    if (a->mask == NF_FULL && (c->features || a->state))
+        return NF_E_MASK;
+    if (a->mask == NF_FULL && a->kv_tokens != a->q_tokens)
+        return NF_E_TOKENS;
+    if (a->state && (pattern->global_count || pattern->block_offsets))
+        return NF_E_PATTERN;
+    p->globals = pattern->globals;
+    if (c->features) {
+        p->window = (pattern->window + c->block - 1) / c->block;
+        p->ring = (p->window + 1) * c->block;
+    } else {
+        p->window = pattern->window;
+        p->ring = p->window ? (p->window - 1) * dilation + 1 : 0;
+    }
+    rows = nf_product(p->globals + p->ring, c->dim * 2 * (int64_t)sizeof(float));
+    p->state_unit = rows < 0 ? 0 : p->state_unit + (size_t)rows;
+    return rows < 0 && a->state ? NF_E_OVERFLOW : NF_OK;
+}
+
+#endif /* NF_PATTERN_CHECK_READY */
