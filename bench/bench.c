@@ -13,7 +13,7 @@
 
 #include <pthread.h>
 
-enum { MAX_SAMPLES = 64, MAX_SUBJECTS = 64, MAX_LIST = 16, DECODE_HEADS = 32, DECODE_BEFORE = 256, SPLIT_HEADS = 8 };
+enum { MAX_SAMPLES = 64, MAX_SUBJECTS = 64, MAX_LIST = 16, DECODE_HEADS = 32, DECODE_BEFORE = 640, SPLIT_HEADS = 8 };
 static const double SAMPLE_SECONDS = 0.004; /* at least, per sample */
 static const double SPLIT_SECONDS = 0.060;  /* with threads: long enough for the system to spread them */
 
@@ -32,8 +32,9 @@ typedef struct subject {
     const kernel *kernel;
     const nf_variant *variant;
     nf_args args;
-    int decode, threads;
-    double (*clock)(void); /* of this thread's work; of the wall where threads are compared */
+    int decode, threads, masked; /* masked: the dense baseline instead of the variant */
+    nf_grads *grads;             /* NULL: a forward or decode */
+    double (*clock)(void);       /* of this thread's work; of the wall where threads are compared */
     void *workspace[2];
     size_t bytes;
     double least; /* seconds per sample */
@@ -48,6 +49,7 @@ typedef nf_status (*attend)(const nf_args *args, void *workspace, size_t bytes);
 typedef struct share {
     attend run;
     nf_args args;
+    const subject *backward; /* instead of run */
     void *workspace;
     size_t bytes;
     int launches;
@@ -58,16 +60,19 @@ static void *run_share(void *data)
 {
     share *s = (share *)data;
     for (int i = 0; i < s->launches && s->status == NF_OK; i++)
-        s->status = s->run(&s->args, s->workspace, s->bytes);
+        s->status = s->backward ? s->backward->variant->backward(&s->args, s->backward->grads, s->workspace, s->bytes)
+                                : s->run(&s->args, s->workspace, s->bytes);
     return NULL;
 }
+
+static nf_status masked(const nf_args *args, void *workspace, size_t bytes);
 
 /* Half of the units on a second thread, the other half on this one. */
 static nf_status run_split(const subject *s, attend run, int launches)
 {
     const int64_t units = s->args.batch * s->args.heads, half = units / 2;
-    share mine = {run, s->args, s->workspace[0], s->bytes, launches, NF_OK};
-    share other = {run, s->args, s->workspace[1], s->bytes, launches, NF_OK};
+    share mine = {run, s->args, NULL, s->workspace[0], s->bytes, launches, NF_OK};
+    share other = {run, s->args, NULL, s->workspace[1], s->bytes, launches, NF_OK};
     pthread_t thread;
     mine.args.split_count = half;
     other.args.split_begin = half;
@@ -82,9 +87,9 @@ static nf_status run_split(const subject *s, attend run, int launches)
 /* Seconds per launch. */
 static double run_launches(const subject *s, int launches)
 {
-    const attend run = s->decode ? s->variant->decode : s->variant->forward;
+    const attend run = s->masked ? masked : s->decode ? s->variant->decode : s->variant->forward;
     const double start = s->clock();
-    share all = {run, s->args, s->workspace[0], s->bytes, launches, NF_OK};
+    share all = {run, s->args, s->grads ? s : NULL, s->workspace[0], s->bytes, launches, NF_OK};
     if (s->threads > 1)
         all.status = run_split(s, run, launches);
     else
@@ -171,11 +176,27 @@ static void line_end(measure_text *t)
     free(t->data);
 }
 
-/* GEMM flops per token and head. */
-static double flops(const kernel *k, const char *suffix, double tokens)
+/* Keys that a query attends to exactly, mean over the tokens of a causal call with the kernel's own pattern. */
+static double near_keys(const kernel *k, int64_t tokens)
 {
-    const double d = k->d, m = k->m, t = kernel_chunk(suffix) / 2.0;
-    return k->favor ? 4 * k->rows * d + 4 * m * d + 2 * t * (m + d) : 4 * d * (tokens + 1) / 2;
+    const nf_pattern *p = &k->pattern;
+    double sum = 0;
+    for (int64_t t = 0; t < tokens; t++) {
+        int64_t first = t + 1 - p->window; /* of the window */
+        if (k->op == HYBRID)
+            first = (t / k->b - (p->window + k->b - 1) / k->b) * k->b;
+        if (first < 0 || k->op == EXACT)
+            first = 0;
+        sum += (double)(t + 1 - first + (first < p->globals ? first : p->globals));
+    }
+    return sum / (double)tokens;
+}
+
+/* GEMM flops per token and head. */
+static double flops(const kernel *k, const char *suffix, int64_t tokens)
+{
+    const double d = k->d, m = k->m, t = kernel_chunk(suffix) / 2.0, far = 4 * k->rows * d + 4 * m * d;
+    return k->op == FAVOR ? far + 2 * t * (m + d) : far + 4 * d * near_keys(k, tokens);
 }
 
 /* Nanoseconds per unit: the fastest sample and the median. */
@@ -272,13 +293,13 @@ static void speed_at(const way *list, int count, int64_t tokens)
         const way *w = &list[i];
         nf_args a;
         data[i] = arrays_new(tokens * heads, tokens * heads, w->kernel->d, 3);
-        a = kernel_args(1, tokens, heads, data[i].q, data[i].k, data[i].v, data[i].out, w->projection);
+        a = kernel_args(w->kernel, 1, tokens, heads, data[i].q, data[i].k, data[i].v, data[i].out, w->projection);
         s[i] = subject_new(w->kernel, w->variant, &a);
     }
     measure_all(s, count, possible);
     for (int i = 0; i < count; i++) {
         measure_text t = line_new("speed", list[i].kernel, list[i].variant);
-        const double work = flops(list[i].kernel, kernel_suffix(list[i].kernel, list[i].variant), (double)tokens);
+        const double work = flops(list[i].kernel, kernel_suffix(list[i].kernel, list[i].variant), tokens);
         measure_add(&t, ",\"tokens\":%lld,\"heads\":%lld", (long long)tokens, (long long)heads);
         line_times(&t, &s[i], &fastest);
         line_number(&t, "flops", work);
@@ -297,7 +318,7 @@ static void error_at(const way *w, int64_t tokens, double norm)
     enum { HEADS = 2 };
     const int d = w->kernel->d;
     arrays data = arrays_new(tokens * HEADS, tokens * HEADS, d, norm);
-    const nf_args a = kernel_args(1, tokens, HEADS, data.q, data.k, data.v, data.out, w->projection);
+    const nf_args a = kernel_args(w->kernel, 1, tokens, HEADS, data.q, data.k, data.v, data.out, w->projection);
     double *ref = oracle_doubles((size_t)(tokens * d));
     subject s = subject_new(w->kernel, w->variant, &a);
     measure_text t = line_new("error", w->kernel, w->variant);
@@ -306,7 +327,7 @@ static void error_at(const way *w, int64_t tokens, double norm)
     for (int h = 0; h < HEADS; h++) {
         const oracle_head head = kernel_head(w->kernel, tokens, HEADS, HEADS, h, data.q, data.k, data.v, w->w);
         oracle_error e;
-        kernel_oracle(w->kernel, &head, ref, NULL);
+        kernel_oracle(w->kernel, &w->kernel->pattern, &head, ref, NULL);
         e = oracle_compare(data.out + h * d, HEADS * d, ref, tokens, d);
         row = fmax(row, e.row);
         length = fmax(length, e.length / oracle_v_norm(&head));
@@ -323,10 +344,11 @@ static void error_at(const way *w, int64_t tokens, double norm)
 
 /* ---- decode ---------------------------------------------------------------------------------------------------- */
 
-/* favor: one token against a state that has seen some; the state goes on growing, its size does not. */
-static subject decode_favor(const way *w, arrays *data)
+/* With a state: one token against one that has seen some; it goes on growing, its size does not. */
+static subject decode_state(const way *w, arrays *data)
 {
-    nf_args a = kernel_args(1, DECODE_BEFORE, DECODE_HEADS, data->q, data->k, data->v, data->out, w->projection);
+    nf_args a =
+        kernel_args(w->kernel, 1, DECODE_BEFORE, DECODE_HEADS, data->q, data->k, data->v, data->out, w->projection);
     subject s = subject_new(w->kernel, w->variant, &a);
     s.args.state = kernel_memory(w->kernel->state_bytes(&a));
     if (w->kernel->state_reset(&s.args) != NF_OK)
@@ -338,11 +360,11 @@ static subject decode_favor(const way *w, arrays *data)
     return s;
 }
 
-/* exact: one query against `cached` keys, every head's cache in one piece. */
-static subject decode_exact(const way *w, arrays *data, int64_t cached)
+/* Without: one query against `cached` keys, every head's cache in one piece. */
+static subject decode_cache(const way *w, arrays *data, int64_t cached)
 {
     const int64_t d = w->kernel->d;
-    nf_args a = kernel_args(1, 1, DECODE_HEADS, data->q, data->k, data->v, data->out, NULL);
+    nf_args a = kernel_args(w->kernel, 1, 1, DECODE_HEADS, data->q, data->k, data->v, data->out, NULL);
     a.kv_tokens = cached;
     a.k.token_stride = a.v.token_stride = d;
     a.k.head_stride = a.v.head_stride = cached * d;
@@ -361,23 +383,265 @@ static void decode(const way *list, int count)
     double possible[MAX_SUBJECTS], fastest;
     int n = 0;
     for (int i = 0; i < count; i++)
-        for (int c = 0; c < (list[i].kernel->favor ? 1 : opt.caches) && n < MAX_SUBJECTS; c++, n++) {
-            const int64_t cached = list[i].kernel->favor ? DECODE_BEFORE : opt.cached[c];
+        for (int c = 0; c < (kernel_stateful(list[i].kernel) ? 1 : opt.caches) && n < MAX_SUBJECTS; c++, n++) {
+            const int64_t cached = kernel_stateful(list[i].kernel) ? DECODE_BEFORE : opt.cached[c];
             of[n] = &list[i];
             data[n] = arrays_new(DECODE_BEFORE * DECODE_HEADS, cached * DECODE_HEADS, list[i].kernel->d, 3);
-            s[n] = list[i].kernel->favor ? decode_favor(&list[i], &data[n]) : decode_exact(&list[i], &data[n], cached);
+            s[n] = kernel_stateful(list[i].kernel) ? decode_state(&list[i], &data[n])
+                                                   : decode_cache(&list[i], &data[n], cached);
         }
     measure_all(s, n, possible);
     for (int i = 0; i < n; i++) {
         measure_text t = line_new("decode", of[i]->kernel, of[i]->variant);
         measure_add(&t, ",\"heads\":%d,\"cached\":%lld", DECODE_HEADS,
-                    (long long)(of[i]->kernel->favor ? 0 : s[i].args.kv_tokens));
+                    (long long)(kernel_stateful(of[i]->kernel) ? 0 : s[i].args.kv_tokens));
         line_times(&t, &s[i], &fastest);
         line_end(&t);
         free(s[i].args.state);
         subject_free(&s[i]);
         arrays_free(&data[i]);
     }
+}
+
+/* ---- backward -------------------------------------------------------------------------------------------------- */
+
+/* Forward and backward in turn: their ratio. */
+static void backward(const way *w)
+{
+    enum { TOKENS = 4096 };
+    const int d = w->kernel->d;
+    arrays data = arrays_new(TOKENS, TOKENS, d, 3), by = arrays_new(TOKENS, TOKENS, d, 3);
+    nf_args a = kernel_args(w->kernel, 1, TOKENS, 1, data.q, data.k, data.v, data.out, w->projection);
+    subject s[2];
+    nf_grads g;
+    double possible[2], fastest[2];
+    measure_text t = line_new("backward", w->kernel, w->variant);
+    memset(&g, 0, sizeof g);
+    a.lse = kernel_floats(TOKENS);
+    g.out.data = data.out, g.lse = a.lse;
+    g.dout.data = by.v;
+    g.dq.data = by.q, g.dk.data = by.k, g.dv.data = by.out;
+    for (int i = 0; i < 2; i++)
+        s[i] = subject_new(w->kernel, w->variant, &a);
+    run_launches(&s[0], 1);
+    s[1].grads = &g;
+    measure_all(s, 2, possible);
+    measure_add(&t, ",\"tokens\":%d", TOKENS);
+    for (int i = 0; i < 2; i++) {
+        const double median = measure_median(s[i].sample, s[i].samples);
+        fastest[i] = 1e9 * s[i].sample[0] / s[i].units;
+        line_number(&t, i ? "ns_backward" : "ns_forward", 1e9 * median / s[i].units);
+        subject_free(&s[i]);
+    }
+    line_number(&t, "ratio", fastest[1] / fastest[0]);
+    line_end(&t);
+    free(a.lse);
+    arrays_free(&data);
+    arrays_free(&by);
+}
+
+/* ---- patterns -------------------------------------------------------------------------------------------------- */
+
+/* The dense baseline: every score of the N x N, a mask [key][query] of bytes laid over it, softmax, every value. As
+ * fast as plain vectors make it: tiles of 8 keys by 32 queries, 8 queries by 32 dims. Causal; one head. */
+enum { MASK_QUERIES = 32 };
+typedef float masked_vector __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t masked_int __attribute__((vector_size(64), aligned(4), may_alias));
+static unsigned char *masked_bytes; /* 255: seen, [N][N] */
+
+#ifdef __x86_64__
+#define MASKED_TARGET __attribute__((target("avx512f,fma")))
+#else
+#define MASKED_TARGET
+#endif
+
+/* 2^x for x <= 0. */
+MASKED_TARGET static inline masked_vector masked_exp2(masked_vector x)
+{
+    const masked_vector low = x - (x - -126.0f), y = (masked_vector)(((masked_int)(x > -126.0f) & (masked_int)x) |
+                                                                     ((masked_int)(x <= -126.0f) & (masked_int)low));
+    const masked_int n = __builtin_convertvector(y - 0.5f, masked_int);
+    const masked_vector f = y - __builtin_convertvector(n, masked_vector);
+    masked_vector p = f * 1.339887e-3f + 9.618437e-3f;
+    p = p * f + 5.550332e-2f;
+    p = p * f + 2.402265e-1f;
+    p = p * f + 6.931472e-1f;
+    p = p * f + 1.0f;
+    return (masked_vector)((masked_int)p + (n << 23));
+}
+
+MASKED_TARGET static void masked_block(const nf_args *a, float *score, int64_t first)
+{
+    const int64_t n = a->q_tokens, d = 64;
+    const float *q = (const float *)a->q.data, *k = (const float *)a->k.data, *v = (const float *)a->v.data;
+    float *out = (float *)a->out.data, x[64 * MASK_QUERIES];
+    masked_vector top[2] = {{0}, {0}}, den[2] = {{0}, {0}};
+    float inverse[MASK_QUERIES];
+    for (int i = 0; i < MASK_QUERIES; i++)
+        for (int64_t c = 0; c < d; c++)
+            x[c * MASK_QUERIES + i] = q[(first + i) * d + c] * 0.18033688f; /* log2 e / sqrt(64) */
+    for (int h = 0; h < 2; h++)
+        top[h] = top[h] - 1e30f;
+    for (int64_t j = 0; j < n; j += 8) {
+        masked_vector acc[8][2] = {{{0}}};
+        for (int64_t c = 0; c < d; c++) {
+            const masked_vector x0 = *(masked_vector *)(x + c * MASK_QUERIES);
+            const masked_vector x1 = *(masked_vector *)(x + c * MASK_QUERIES + 16);
+#pragma GCC unroll 8
+            for (int r = 0; r < 8; r++) {
+                acc[r][0] += k[(j + r) * d + c] * x0;
+                acc[r][1] += k[(j + r) * d + c] * x1;
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; r++)
+            for (int h = 0; h < 2; h++) {
+                typedef signed char masked_byte __attribute__((vector_size(16), aligned(1), may_alias));
+                const masked_byte seen = *(masked_byte *)(masked_bytes + (j + r) * n + first + 16 * h);
+                const masked_int mask = __builtin_convertvector(seen, masked_int);
+                const masked_vector hidden = (masked_vector){0} - 1e30f;
+                const masked_vector s = (masked_vector)((mask & (masked_int)acc[r][h]) | (~mask & (masked_int)hidden));
+                const masked_int more = s > top[h];
+                top[h] = (masked_vector)((more & (masked_int)s) | (~more & (masked_int)top[h]));
+                *(masked_vector *)(score + (j + r) * MASK_QUERIES + 16 * h) = s;
+            }
+    }
+    for (int64_t j = 0; j < n; j++)
+        for (int h = 0; h < 2; h++) {
+            masked_vector *at = (masked_vector *)(score + j * MASK_QUERIES + 16 * h);
+            *at = masked_exp2(*at - top[h]);
+            den[h] += *at;
+        }
+    for (int i = 0; i < MASK_QUERIES; i++)
+        inverse[i] = 1 / den[i / 16][i % 16];
+    for (int i = 0; i < MASK_QUERIES; i += 8)
+        for (int64_t c = 0; c < d; c += 32) {
+            masked_vector acc[8][2] = {{{0}}};
+            for (int64_t j = 0; j < n; j++) {
+                const masked_vector v0 = *(const masked_vector *)(v + j * d + c);
+                const masked_vector v1 = *(const masked_vector *)(v + j * d + c + 16);
+#pragma GCC unroll 8
+                for (int r = 0; r < 8; r++) {
+                    acc[r][0] += score[j * MASK_QUERIES + i + r] * v0;
+                    acc[r][1] += score[j * MASK_QUERIES + i + r] * v1;
+                }
+            }
+            for (int r = 0; r < 8; r++)
+                for (int h = 0; h < 2; h++)
+                    *(masked_vector *)(out + (first + i + r) * d + c + 16 * h) = acc[r][h] * inverse[i + r];
+        }
+}
+
+static nf_status masked(const nf_args *args, void *workspace, size_t bytes)
+{
+    (void)bytes;
+    for (int64_t first = 0; first < args->q_tokens; first += MASK_QUERIES)
+        masked_block(args, (float *)workspace, first);
+    return NF_OK;
+}
+
+typedef struct pattern_case {
+    const char *name;
+    int64_t tokens;
+    int window, globals, dilation, random; /* random: blocks of each block of queries, beside its own */
+    int masked;
+} pattern_case;
+
+static const pattern_case pattern_cases[] = {
+    {"window 512", 4096, 512, 0, 1, 0, 0},
+    {"window 512", 32768, 512, 0, 1, 0, 0},
+    {"window 512", 262144, 512, 0, 1, 0, 0},
+    {"window 512, 4 globals", 4096, 512, 4, 1, 0, 0},
+    {"window 512, dilation 4", 4096, 512, 0, 4, 0, 0},
+    {"8 random blocks", 4096, 0, 0, 1, 8, 0},
+    {"window 512, masked dense", 4096, 512, 0, 1, 0, 1},
+};
+enum { PATTERN_CASES = sizeof pattern_cases / sizeof *pattern_cases };
+
+/* Rows of `random` earlier blocks and the own one, rising, into offsets and keys; the pairs that they stand for. */
+static double random_blocks(const pattern_case *c, int b, int32_t *offset, int32_t *keys)
+{
+    oracle_random r = {7};
+    double pairs = 0;
+    int32_t n = 0;
+    for (int32_t row = 0; row * b < c->tokens; row++) {
+        offset[row] = n;
+        for (int32_t j = 0, left = row < c->random ? row : c->random; j < row && left; j++)
+            if (oracle_uniform(&r) * (row - j) < left) {
+                keys[n++] = j;
+                left--;
+            }
+        pairs += (double)(n - offset[row]) * b * b + (double)b * (b + 1) / 2;
+        keys[n++] = row;
+        offset[row + 1] = n;
+    }
+    return pairs;
+}
+
+/* The named patterns of a sparse kernel, in turn; flops are those of the pairs that attend. */
+static void patterns(const way *w)
+{
+    static subject s[PATTERN_CASES];
+    static arrays data[PATTERN_CASES];
+    static nf_pattern pattern[PATTERN_CASES];
+    static double pairs[PATTERN_CASES];
+    static int32_t dilation[1] = {4};
+    double possible[PATTERN_CASES], fastest;
+    const int b = w->kernel->b, d = w->kernel->d;
+    int32_t *offset = (int32_t *)kernel_memory(4096 * sizeof(int32_t));
+    int32_t *keys = (int32_t *)kernel_memory(65536 * sizeof(int32_t));
+    int count = d == 64 && strcmp(w->variant->target, "avx512") == 0 ? PATTERN_CASES : PATTERN_CASES - 1;
+    for (int i = 0; i < count; i++) {
+        const pattern_case *c = &pattern_cases[i];
+        nf_args a;
+        data[i] = arrays_new(c->tokens, c->tokens, d, 3);
+        a = kernel_args(w->kernel, 1, c->tokens, 1, data[i].q, data[i].k, data[i].v, data[i].out, NULL);
+        memset(&pattern[i], 0, sizeof pattern[i]);
+        pattern[i].window = c->window;
+        pattern[i].globals = c->globals;
+        pattern[i].dilation = c->dilation > 1 ? dilation : NULL;
+        a.pattern = &pattern[i];
+        pairs[i] = 0;
+        for (int64_t t = 0; t < c->tokens && c->window; t++) {
+            const int64_t seen = t / c->dilation + 1, kept = seen < c->window ? seen : c->window;
+            const int64_t before = t + 1 - c->window;
+            pairs[i] += (double)(kept + (before < 0 ? 0 : before < c->globals ? before : c->globals));
+        }
+        if (c->random) {
+            pairs[i] = random_blocks(c, b, offset, keys);
+            pattern[i].block = b, pattern[i].block_heads = 1;
+            pattern[i].block_rows = (c->tokens + b - 1) / b;
+            pattern[i].block_offsets = offset, pattern[i].block_keys = keys;
+            pattern[i].block_count = offset[pattern[i].block_rows];
+        }
+        s[i] = subject_new(w->kernel, w->variant, &a);
+        if (c->masked) {
+            s[i].masked = 1;
+            free(s[i].workspace[0]);
+            s[i].workspace[0] = kernel_floats(c->tokens * MASK_QUERIES);
+            masked_bytes = (unsigned char *)kernel_memory((size_t)(c->tokens * c->tokens));
+            for (int64_t j = 0; j < c->tokens; j++)
+                for (int64_t q = 0; q < c->tokens; q++)
+                    masked_bytes[j * c->tokens + q] = j <= q && q < j + c->window ? 255 : 0;
+        }
+    }
+    measure_all(s, count, possible);
+    for (int i = 0; i < count; i++) {
+        measure_text t = line_new("pattern", w->kernel, w->variant);
+        const double work = 4 * d * pairs[i] / (double)pattern_cases[i].tokens;
+        measure_add(&t, ",\"pattern\":\"%s\",\"tokens\":%lld", pattern_cases[i].name,
+                    (long long)pattern_cases[i].tokens);
+        line_number(&t, "keys", pairs[i] / (double)pattern_cases[i].tokens);
+        line_times(&t, &s[i], &fastest);
+        line_number(&t, "percent", 1e2 * work * s[i].units / possible[i]);
+        line_end(&t);
+        subject_free(&s[i]);
+        arrays_free(&data[i]);
+    }
+    free(offset);
+    free(keys);
+    free(masked_bytes);
+    masked_bytes = NULL;
 }
 
 /* ---- two threads ----------------------------------------------------------------------------------------------- */
@@ -390,8 +654,8 @@ static void splits(const way *w)
     double possible[2], one, two;
     measure_text t = line_new("splits", w->kernel, w->variant);
     for (int i = 0; i < 2; i++) {
-        const nf_args a =
-            kernel_args(1, opt.split_tokens, SPLIT_HEADS, data[i].q, data[i].k, data[i].v, data[i].out, w->projection);
+        const nf_args a = kernel_args(w->kernel, 1, opt.split_tokens, SPLIT_HEADS, data[i].q, data[i].k, data[i].v,
+                                      data[i].out, w->projection);
         s[i] = subject_new(w->kernel, w->variant, &a);
         s[i].threads = i + 1;
         s[i].clock = measure_now;
@@ -541,10 +805,10 @@ static double input_fit(const way *w, const input *in, int mask, int fit, double
     float *out = kernel_floats(in->batch * in->tokens * in->heads * in->dim);
     double sum = 0, largest = 0;
     for (uint64_t seed = 1; seed <= SEEDS; seed++) {
-        char *projections = k->favor ? input_projections(k, in, seed, fit) : NULL;
-        nf_args a = kernel_args(in->batch, in->tokens, in->heads, in->q, in->k, in->v, out, projections);
+        char *projections = k->m ? input_projections(k, in, seed, fit) : NULL;
+        nf_args a = kernel_args(k, in->batch, in->tokens, in->heads, in->q, in->k, in->v, out, projections);
         subject s;
-        a.projection_stride = k->favor ? k->projection_bytes() : 0;
+        a.projection_stride = k->m ? k->projection_bytes() : 0;
         a.mask = mask;
         s = subject_new(k, w->variant, &a);
         run_launches(&s, 1);
@@ -570,7 +834,7 @@ static void real_input(const way *w, input *in, const char *name)
         measure_add(&t, ",\"mask\":\"%s\",\"tokens\":%lld,\"heads\":%lld", mask ? "full" : "causal",
                     (long long)in->tokens, (long long)in->heads);
         line_number(&t, "uniform", input_uniform(in, mask));
-        for (int fit = 0; fit < (w->kernel->favor ? FITS : 1); fit++) {
+        for (int fit = 0; fit < (w->kernel->m ? FITS : 1); fit++) {
             double worst;
             char key[32];
             line_number(&t, fit_name[fit], input_fit(w, in, mask, fit, &worst));
@@ -584,7 +848,8 @@ static void real_input(const way *w, input *in, const char *name)
 /* ---- command line ---------------------------------------------------------------------------------------------- */
 
 static const char usage[] =
-    "usage: bench [--tests speed,error,decode,splits,input] [--contract NAME,...] [--way entry|all|TARGET|SUFFIX,...]\n"
+    "usage: bench [--tests speed,error,decode,backward,patterns,splits,input] [--contract NAME,...] [--way "
+    "entry|all|TARGET|SUFFIX,...]\n"
     "             [--tokens N,...] [--cached N,...] [--seconds PER_MEASUREMENT] [--input FILE]...\n";
 
 static int numbers(const char *option, const char *text, int64_t *list)
@@ -662,6 +927,12 @@ int main(int count, char **words)
     }
     if (word_in(opt.tests, "decode"))
         decode(list, n);
+    for (int i = 0; i < n && word_in(opt.tests, "backward"); i++)
+        if (list[i].variant->backward)
+            backward(&list[i]);
+    for (int i = 0; i < n && word_in(opt.tests, "patterns"); i++)
+        if (list[i].kernel->op == SPARSE)
+            patterns(&list[i]);
     for (int i = 0; i < n && word_in(opt.tests, "splits"); i++)
         splits(&list[i]);
     for (int f = 0; f < opt.inputs && word_in(opt.tests, "input"); f++) {

@@ -1,6 +1,6 @@
 /* The kernels of a tuner or bench program as one table, made from the generated kernels.h, which includes their headers
  * (declarations; each is implemented in a file of its own) and lists
- *     NF_KERNELS(X)       X(kernel, "contract", operator, map, d, m, rows)
+ *     NF_KERNELS(X)       X(kernel, "contract", operator, map, d, m, rows, b)
  *     <kernel>_CODES(X)   X("suffix", "hash of the variant's code", 1 for the shipped default of its target)
  *     NF_TOOL             the generator's version
  */
@@ -32,7 +32,9 @@ typedef struct kernel_code {
 
 typedef struct kernel {
     const char *name, *contract;
-    int favor, cosh, d, m, rows;
+    enum { FAVOR, EXACT, SPARSE, HYBRID } op;
+    int cosh, d, m, rows, b;
+    nf_pattern pattern;       /* what is measured: kernel_args points to it where the operator takes one */
     const kernel_code *codes; /* up to a null suffix */
     nf_status (*forward)(const nf_args *args, void *workspace, size_t bytes);
     nf_status (*decode)(const nf_args *args, void *workspace, size_t bytes);
@@ -46,18 +48,27 @@ typedef struct kernel {
 } kernel;
 
 #define KERNEL_CODE(suffix, code, is_default) {suffix, code, is_default},
-#define KERNEL_CODES(K, contract, op, map, d, m, rows) \
+#define KERNEL_CODES(K, contract, op, map, d, m, rows, b) \
     static const kernel_code K##_codes[] = {K##_CODES(KERNEL_CODE){NULL, NULL, 0}};
 NF_KERNELS(KERNEL_CODES)
 
-#define KERNEL_IS_favor 1
-#define KERNEL_IS_exact 0
+#define KERNEL_IS_favor FAVOR
+#define KERNEL_IS_exact EXACT
+#define KERNEL_IS_sparse SPARSE
+#define KERNEL_IS_hybrid HYBRID
 #define KERNEL_IS_cosh 1
 #define KERNEL_IS_exp 0
 #define KERNEL_IS_none 0
 #define KERNEL_PROJECTION_favor(K) K##_projection_bytes, K##_projection_init, K##_projection_read
+#define KERNEL_PROJECTION_hybrid(K) KERNEL_PROJECTION_favor(K)
 #define KERNEL_PROJECTION_exact(K) NULL, NULL, NULL
-#define KERNEL_ROW(K, contract, op, map, d, m, rows) \
+#define KERNEL_PROJECTION_sparse(K) NULL, NULL, NULL
+/* sparse: a window of 512 tokens; hybrid: one block before the own. */
+#define KERNEL_WINDOW_favor(b) 0
+#define KERNEL_WINDOW_exact(b) 0
+#define KERNEL_WINDOW_sparse(b) 512
+#define KERNEL_WINDOW_hybrid(b) b
+#define KERNEL_ROW(K, contract, op, map, d, m, rows, b) \
     {#K, \
      contract, \
      KERNEL_IS_##op, \
@@ -65,6 +76,8 @@ NF_KERNELS(KERNEL_CODES)
      d, \
      m, \
      rows, \
+     b, \
+     {KERNEL_WINDOW_##op(b), NULL, 0, NULL, 0, 0, 0, 0, 0, NULL, NULL, NULL, 0}, \
      K##_codes, \
      K##_forward, \
      K##_decode, \
@@ -129,7 +142,7 @@ static inline void *kernel_projection(const kernel *k, uint64_t seed, float **w)
 {
     void *p;
     *w = NULL;
-    if (!k->favor)
+    if (!k->m)
         return NULL;
     p = kernel_memory(k->projection_bytes());
     *w = kernel_floats((int64_t)k->rows * k->d);
@@ -138,9 +151,15 @@ static inline void *kernel_projection(const kernel *k, uint64_t seed, float **w)
     return p;
 }
 
+/* Does the kernel carry a state? */
+static inline int kernel_stateful(const kernel *k)
+{
+    return k->op != EXACT;
+}
+
 /* Dense arguments for `tokens` tokens. */
-static inline nf_args kernel_args(int64_t batch, int64_t tokens, int64_t heads, const float *q, const float *k,
-                                  const float *v, float *out, const void *projection)
+static inline nf_args kernel_args(const kernel *kernel, int64_t batch, int64_t tokens, int64_t heads, const float *q,
+                                  const float *k, const float *v, float *out, const void *projection)
 {
     nf_args a;
     memset(&a, 0, sizeof a);
@@ -152,6 +171,7 @@ static inline nf_args kernel_args(int64_t batch, int64_t tokens, int64_t heads, 
     a.v.data = v;
     a.out.data = out;
     a.projection = projection;
+    a.pattern = kernel->b ? &kernel->pattern : NULL;
     return a;
 }
 
@@ -175,12 +195,19 @@ static inline oracle_head kernel_head(const kernel *k, int64_t tokens, int64_t h
     return h;
 }
 
-static inline void kernel_oracle(const kernel *k, const oracle_head *h, double *out, double *lse)
+/* The reference of one head, over the pattern's window and first tokens where the operator takes one. */
+static inline void kernel_oracle(const kernel *k, const nf_pattern *pattern, const oracle_head *h, double *out,
+                                 double *lse)
 {
-    if (k->favor)
-        oracle_favor(h, out, lse);
-    else
-        oracle_exact(h, out, lse);
+    oracle_pattern same;
+    oracle_head head = *h;
+    memset(&same, 0, sizeof same);
+    same.window = pattern->window;
+    same.dilation = 1;
+    same.globals = pattern->globals;
+    same.block = k->b;
+    head.pattern = same;
+    oracle_attention(&head, out, lse);
 }
 
 #endif /* KERNEL_H */

@@ -79,7 +79,7 @@ static load load_new(const kernel *k, int64_t tokens, const void *projection, lo
     for (int i = 0; l.args && i < l.sets; i++) {
         float *q = kernel_floats(count), *key = kernel_floats(count), *v = kernel_floats(count);
         oracle_inputs(ORACLE_GAUSS, 3, 0, opt.seed + 77u + (uint64_t)i, k->d, rows, rows, q, key, v);
-        l.args[i] = kernel_args(opt.batch, tokens, opt.heads, q, key, v, kernel_floats(count), projection);
+        l.args[i] = kernel_args(k, opt.batch, tokens, opt.heads, q, key, v, kernel_floats(count), projection);
     }
     if (!l.args)
         fail("out of memory");

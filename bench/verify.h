@@ -92,6 +92,7 @@ typedef struct solution {
 typedef struct exam {
     const kernel *kernel;
     void *projection;
+    nf_pattern pattern; /* small enough for the exam's lengths */
     float *w, *q[QUESTIONS], *k[QUESTIONS], *v[QUESTIONS];
     int lengths;
     int64_t length[EXAM_LENGTHS]; /* of the full mask */
@@ -108,7 +109,7 @@ static solution exam_solve(const exam *e, int question, int64_t tokens, int full
         oracle_head head =
             kernel_head(e->kernel, tokens, EXAM_HEADS, 1, h, e->q[question], e->k[question], e->v[question], e->w);
         head.full = full;
-        kernel_oracle(e->kernel, &head, a.out + h * tokens * d, a.lse + h * tokens);
+        kernel_oracle(e->kernel, &e->pattern, &head, a.out + h * tokens * d, a.lse + h * tokens);
     }
     return a;
 }
@@ -139,6 +140,9 @@ static exam *exam_new(const kernel *k, uint64_t seed)
     if (!e)
         fail("out of memory");
     e->kernel = k;
+    e->pattern = k->pattern;
+    e->pattern.window = k->op == HYBRID ? k->b : 70;
+    e->pattern.globals = 3;
     e->projection = kernel_projection(k, seed, &e->w);
     exam_length(e, 0);
     exam_length(e, 1);
@@ -156,7 +160,7 @@ static exam *exam_new(const kernel *k, uint64_t seed)
         head = kernel_head(k, EXAM_TOKENS, 1, 1, 0, e->q[i], e->k[i], e->v[i], NULL);
         e->v_norm[i] = oracle_v_norm(&head);
         e->causal[i] = exam_solve(e, i, EXAM_TOKENS, 0);
-        for (int n = 0; n < e->lengths; n++)
+        for (int n = 0; n < e->lengths && k->op != HYBRID; n++)
             e->full[i][n] = exam_solve(e, i, e->length[n], 1);
     }
     return e;
@@ -228,7 +232,9 @@ static nf_args lay_out(pupil *p, int question, int64_t keys, int64_t first, int6
     const int64_t d = e->kernel->d, queries = last - first;
     const size_t row = (size_t)d * sizeof(float);
     const size_t q_bytes = (size_t)(queries * EXAM_HEADS) * row, k_bytes = (size_t)(last - keys) * row;
-    nf_args a = kernel_args(1, queries, EXAM_HEADS, NULL, NULL, NULL, NULL, NULL);
+    nf_args a = kernel_args(e->kernel, 1, queries, EXAM_HEADS, NULL, NULL, NULL, NULL, NULL);
+    if (e->kernel->b)
+        a.pattern = &e->pattern;
     a.kv_heads = 1;
     a.kv_tokens = last - keys;
     a.mask = mask;
@@ -237,7 +243,7 @@ static nf_args lay_out(pupil *p, int question, int64_t keys, int64_t first, int6
     a.v.data = fence_copy(&p->v, e->v[question] + keys * d, k_bytes);
     a.out.data = fence_place(&p->out, q_bytes, GAP);
     a.lse = (float *)fence_place(&p->lse, (size_t)(queries * EXAM_HEADS) * sizeof(float), GAP);
-    if (e->kernel->favor)
+    if (e->kernel->m)
         a.projection = p->projection.data;
     return a;
 }
@@ -260,7 +266,7 @@ static void call(pupil *p, int decode, const nf_args *a, int question, int64_t k
     for (int i = 0; i < 6; i++)
         if (fence_broken(fences[i].at))
             blame(p, "%s, %s: wrote outside %s", what, name, fences[i].name);
-    if (k->favor && (fence_broken(&p->state) || fence_broken(&p->projection)))
+    if ((kernel_stateful(k) && fence_broken(&p->state)) || (k->m && fence_broken(&p->projection)))
         blame(p, "%s, %s: wrote outside the state or the projection", what, name);
     if (memcmp(p->q.data, p->exam->q[question] + first * EXAM_HEADS * k->d, p->q.bytes) != 0 ||
         memcmp(p->k.data, p->exam->k[question] + keys * k->d, p->k.bytes) != 0 ||
@@ -276,6 +282,8 @@ static void try_forward(pupil *p, int question, int64_t tokens)
     snprintf(what, sizeof what, "causal, %lld tokens", (long long)tokens);
     call(p, 0, &a, question, 0, 0, what);
     compare(p, question, &e->causal[question], EXAM_TOKENS, 0, tokens, what);
+    if (e->kernel->op == HYBRID) /* causal only */
+        return;
     a = lay_out(p, question, 0, 0, tokens, NF_FULL);
     snprintf(what, sizeof what, "full, %lld tokens", (long long)tokens);
     call(p, 0, &a, question, 0, 0, what);
@@ -316,7 +324,9 @@ static void pupil_new(pupil *p, const exam *e, const nf_variant *v)
 {
     const kernel *k = e->kernel;
     const size_t rows = EXAM_TOKENS * (size_t)k->d * sizeof(float);
-    nf_args a = kernel_args(1, 1, 1, NULL, NULL, NULL, NULL, e->projection);
+    nf_args a = kernel_args(k, 1, 1, 1, NULL, NULL, NULL, NULL, e->projection);
+    if (k->b)
+        a.pattern = &e->pattern;
     memset(p, 0, sizeof *p);
     p->exam = e;
     p->variant = v;
@@ -326,8 +336,9 @@ static void pupil_new(pupil *p, const exam *e, const nf_variant *v)
     p->out = fence_new(EXAM_HEADS * rows);
     p->lse = fence_new(EXAM_HEADS * EXAM_TOKENS * sizeof(float));
     p->workspace = fence_new(k->workspace(NULL));
-    if (k->favor) {
+    if (kernel_stateful(k))
         p->state = fence_new(k->state_bytes(&a));
+    if (k->m) {
         p->projection = fence_new(k->projection_bytes());
         fence_copy(&p->projection, e->projection, k->projection_bytes());
     }
@@ -342,9 +353,9 @@ static void sit(pupil *p)
         for (int n = 0; n < 6; n++)
             if (lengths[n] <= EXAM_TOKENS && exam_find(p->exam, lengths[n]) < p->exam->lengths)
                 try_forward(p, i, lengths[n]);
-        if (p->exam->kernel->favor)
+        if (kernel_stateful(p->exam->kernel))
             try_state(p, i);
-        else
+        if (!p->exam->kernel->m)
             try_cache(p, i);
     }
 }

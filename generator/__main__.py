@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import os
+import re
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import UsageError, __version__, records, testing, tuning
+from . import UsageError, __version__, quality, records, testing, tuning
 from .contract import BACKENDS, OPERATORS, Contract, contracts, parse, shown
 from .render import ROOT, Recipe, add_recipe_arguments, check, recipes, render, write
 from .space import TARGETS, default, space, targets
@@ -32,6 +33,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{**options, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
+        message = re.sub(
+            r"argument COMMAND: invalid choice: ('.*') \(choose from (.*)\)", r"command \1: must be \2", message
+        )
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
@@ -161,11 +165,12 @@ def recipe_of(words: list[str]) -> Recipe:
 def command_line() -> Parser:
     parser = Parser(prog="./nearfar", description=ABOUT)
     parser.add_argument("--version", action="version", version=f"nearfar {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", parser_class=Parser)
     add_generate(commands)
     add_list(commands)
     add_check(commands)
     tuning.add_commands(commands)
+    quality.add_commands(commands)
     testing.add_test(commands)
     return parser
 
@@ -176,7 +181,10 @@ def main(argv: list[str] | None = None) -> int:
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         parser = command_line()
-        args = parser.parse_args(argv)
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:
+            told = f"./nearfar {args.command}" if args.command else "./nearfar"
+            raise UsageError(f"option or argument {shown(unknown[0])}: is unknown (see {told} --help)")
         if not hasattr(args, "run"):
             parser.print_help()
             return 2

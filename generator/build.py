@@ -47,9 +47,10 @@ def compiler() -> Compiler:
 def sources(program: str, recipes: list[Recipe]) -> dict[str, str]:
     """Every file of a program's folder."""
     files = {Path(p).name: (ROOT / p).read_text(encoding="utf-8") for p in (*SOURCES[program], *SHARED)}
+    switch = "#define NEARFAR_FORWARD_ONLY\n" if program == "tune" else ""  # races are forward: compile no more
     for recipe in recipes:
         files[recipe.file_name] = render(recipe)
-        files[f"{recipe.kernel}.c"] = f'#define NEARFAR_IMPLEMENTATION\n#include "{recipe.file_name}"\n'
+        files[f"{recipe.kernel}.c"] = f'{switch}#define NEARFAR_IMPLEMENTATION\n#include "{recipe.file_name}"\n'
     files["kernels.h"] = kernels(recipes)
     return files
 
@@ -62,7 +63,9 @@ def kernels(recipes: list[Recipe]) -> str:
     rows = []
     for recipe in recipes:
         c = recipe.contract
-        rows.append(f'    X({recipe.kernel}, "{c.name}", {c.operator}, {c.map or "none"}, {c.d}, {c.m}, {c.rows})')
+        rows.append(
+            f'    X({recipe.kernel}, "{c.name}", {c.operator}, {c.map or "none"}, {c.d}, {c.m}, {c.rows}, {c.b})'
+        )
     lines += [" \\\n".join(rows)]
     for recipe in recipes:
         lines += ["", f"#define {recipe.kernel}_CODES(X) \\", " \\\n".join(codes(recipe))]
@@ -76,17 +79,19 @@ def codes(recipe: Recipe) -> list[str]:
     return [f'    X("{v.suffix}", "{hashes[v]}", {int(first[v.target] is v)})' for v in recipe.variants]
 
 
-def compile_folder(folder: Path, program: str, cc: Compiler) -> Path:
+def compile_folder(
+    folder: Path, program: str, cc: Compiler, flags: tuple[str, ...] = (), link: tuple[str, ...] = ()
+) -> Path:
     """Compile and link a folder, two files at a time; BuildError with the first line of what went wrong."""
 
     def one(source: Path) -> None:
-        run([*cc.command, "-O2", "-c", source.name, "-o", f"{source.stem}.o"], folder)
+        run([*cc.command, "-O2", *flags, "-c", source.name, "-o", f"{source.stem}.o"], folder)
 
     files = sorted(folder.glob("*.c"), key=lambda p: -p.stat().st_size)
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
         list(pool.map(one, files))
     objects = [f"{source.stem}.o" for source in files]
-    run([*cc.command, *objects, "-o", program, *LIBRARIES[program]], folder)
+    run([*cc.command, *link, *objects, "-o", program, *LIBRARIES.get(program, ())], folder)
     return folder / program
 
 

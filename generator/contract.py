@@ -95,6 +95,8 @@ def parse(name: str) -> Contract:
     slots = [field for field in texts if texts[field]] + [n.letter for n in operator.numbers]
     numbers = {n.letter: n for n in operator.numbers}
     values: dict[str, Any] = {"operator": head, "map": ""}
+    if operator.maps and words[:1] and words[0] in operator.dtypes:
+        raise UsageError(f"{where}: field 'map' is missing: write {operator.pattern(head)}")
     for slot, word in zip_longest(slots, words):
         if word is None:
             raise UsageError(f"{where}: field '{slot}' is missing: write {operator.pattern(head)}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from . import UsageError, __version__
-from .contract import BACKENDS, Contract, choice, parse, shown
+from .contract import BACKENDS, Contract, parse, shown
 from .space import MAX_SHIPPED, Variant, canonical, default, parse_variant, space, targets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,7 +59,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 def recipes(args: argparse.Namespace, pick: Callable[[Contract], list[Variant]] | None = None) -> list[Recipe]:
     """The recipes that parsed arguments ask for; pick chooses the variants that were not named."""
-    choice("option --backend", "backend", args.backend, BACKENDS)
+    check_backend(args.backend)
     prefix = check_prefix(args.prefix)
     made = []
     for contract in dict.fromkeys(map(parse, args.contracts)):
@@ -73,6 +73,11 @@ def recipes(args: argparse.Namespace, pick: Callable[[Contract], list[Variant]] 
             variants = (pick or (lambda c: default(c, args.backend)))(contract)
         made.append(Recipe(contract, args.backend, tuple(variants), prefix))
     return made
+
+
+def check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise UsageError(f"option --backend = {shown(backend)}: must be {' or '.join(BACKENDS)}")
 
 
 def check_prefix(prefix: str) -> str:

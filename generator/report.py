@@ -15,7 +15,14 @@ from .contract import parse, shown
 
 Line = dict[str, Any]
 COMPARED = (1024, 4096, 16384)  # lengths of the speed-up columns
-GOAL_CONTRACTS = ("favor_exp_f32_d64_m256", "favor_cosh_f32_d64_m256", "favor_cosh_f32_d64_m128", "exact_f32_d64")
+GOAL_CONTRACTS = (
+    "favor_exp_f32_d64_m256",
+    "favor_cosh_f32_d64_m256",
+    "favor_cosh_f32_d64_m128",
+    "exact_f32_d64",
+    "sparse_f32_d64_b64",
+    "hybrid_cosh_f32_d64_m128_b64",
+)
 
 
 def verdict(record: Line) -> str:
@@ -151,6 +158,22 @@ def standing(results: list[Line]) -> str:
         [r["contract"], r["variant"], str(r["cached"] or "state"), form(r["ns_med"], ".0f"), form(r["ns_min"], ".0f")]
         for r in of(results, "decode")
     ]
+    parts.append([["pattern of sparse", "variant", "tokens", "keys", "ns/token", "% peak"]])
+    parts[-1] += [
+        [r["pattern"], r["variant"], str(r["tokens"])] + [form(r[k], ".1f") for k in ("keys", "ns_med", "percent")]
+        for r in of(results, "pattern")
+    ]
+    parts.append([["backward at 4096", "variant", "forward ns", "backward ns", "ratio"]])
+    parts[-1] += [
+        [
+            r["contract"],
+            r["variant"],
+            form(r["ns_forward"], ".0f"),
+            form(r["ns_backward"], ".0f"),
+            form(r["ratio"], ".2f"),
+        ]
+        for r in of(results, "backward")
+    ]
     parts.append([["two threads", "variant", "one ns/token", "two ns/token", "speed-up"]])
     parts[-1] += [
         [r["contract"], r["variant"], form(r["ns_one"], ".0f"), form(r["ns_two"], ".0f"), form(r["speedup_med"], ".2f")]
@@ -176,7 +199,15 @@ def goals(results: list[Line]) -> str:
         lines = of(results, bench, **wanted)
         return lines[0][key] if lines else None
 
-    exp, cosh, small, exact = GOAL_CONTRACTS
+    def pattern(name: str, key: str, tokens: int = 4096) -> float | None:
+        return first("pattern", key, pattern=name, tokens=tokens, target="avx512")
+
+    def backward(contract: str) -> float | None:
+        return first("backward", "ratio", contract=contract, target="avx512")
+
+    exp, cosh, small, exact, sparse, hybrid = GOAL_CONTRACTS
+    window = [pattern("window 512", "ns_min", n) for n in (4096, 32768, 262144)]
+    steady = max(w for w in window if w) / min(w for w in window if w) if all(window) else None
     compiled = of(results, "compile")
     rows = [
         ("% of the FMA peak, exp m256, avx512", ">=", 82, best(exp, "avx512", "percent")),
@@ -196,6 +227,37 @@ def goals(results: list[Line]) -> str:
             1,
             ratio(first("decode", "ns_med", contract=small), first("decode", "ns_med", contract=exact, cached=120)),
         ),
+        ("sparse, window 512: % of the FMA peak", ">=", 70, pattern("window 512", "percent")),
+        ("its time per token, longest / shortest, 4k to 256k", "<=", 1.05, steady),
+        (
+            "sparse with 4 globals / without, time",
+            "<=",
+            1.08,
+            ratio(pattern("window 512, 4 globals", "ns_min"), pattern("window 512", "ns_min")),
+        ),
+        (
+            "sparse with dilation 4 / 1, time",
+            "<=",
+            1.5,
+            ratio(pattern("window 512, dilation 4", "ns_min"), pattern("window 512", "ns_min")),
+        ),
+        ("sparse, 8 random blocks of 64: % of the FMA peak", ">=", 60, pattern("8 random blocks", "percent")),
+        (
+            "masked dense / sparse, window 512, time",
+            ">=",
+            3,
+            ratio(pattern("window 512, masked dense", "ns_min"), pattern("window 512", "ns_min")),
+        ),
+        (
+            "hybrid cosh m128 w=1 / favor cosh m128, time",
+            "<=",
+            1.25,
+            ratio(best(hybrid, "avx512", "ns_min"), best(small, "avx512", "ns_min")),
+        ),
+        ("hybrid / exact, time", "<=", 0.16, ratio(best(hybrid, "avx512", "ns_min"), best(exact, "avx512", "ns_min"))),
+        ("backward / forward, favor cosh m128", "<=", 2.9, backward(small)),
+        ("backward / forward, hybrid", "<=", 2.9, backward(hybrid)),
+        ("backward / forward, sparse window 512", "<=", 2.8, backward(sparse)),
         ("compile time of a header, s", "<=", 2, max((r["seconds"] for r in compiled), default=None)),
         ("size of a header, KiB", "<=", 150, max((r["bytes"] / 1024 for r in compiled), default=None)),
     ]

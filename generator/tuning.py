@@ -18,8 +18,8 @@ from typing import Any
 
 from . import UsageError, build, inputs, records, report
 from .build import BuildError
-from .contract import BACKENDS, Contract, choice, parse, shown
-from .render import ROOT, Recipe, render, write
+from .contract import BACKENDS, Contract, parse, shown
+from .render import ROOT, Recipe, check_backend, render, write
 from .space import default, space
 
 OUTPUT = ROOT / "tuned"
@@ -90,7 +90,12 @@ def add_bench(commands: Any) -> None:
     )
     parser.add_argument("contracts", nargs="*", metavar="CONTRACT", help=f"default: {' '.join(STANDING)}")
     add_backend(parser)
-    parser.add_argument("--tuned", action="append", metavar="RECORDS", help="measure what these records choose")
+    parser.add_argument(
+        "--tuned",
+        action="append",
+        metavar="RECORDS",
+        help="measure the variants that these records choose (default: the shipped ones)",
+    )
     parser.add_argument("--tokens", metavar="N,...", help="lengths (default: 64 to 16384)")
     parser.set_defaults(run=guarded(bench))
 
@@ -260,7 +265,7 @@ def raw_inputs(folders: list[Path]) -> Iterator[list[str]]:
 
 
 def tune(args: argparse.Namespace) -> int:
-    choice("option --backend", "backend", args.backend, BACKENDS)
+    check_backend(args.backend)
     contracts = chosen(args.contracts, TUNED)
     args.seconds, args.lengths = seconds("--budget", args.budget), numbers("--tokens", args.tokens)
     folders = [Path(args.input)] if args.input else [p for p in INPUTS if p.is_dir()]
@@ -352,7 +357,7 @@ writes the headers with the variants that won.
 def pack(args: argparse.Namespace) -> int:
     from . import __version__
 
-    choice("option --backend", "backend", args.backend, BACKENDS)
+    check_backend(args.backend)
     contracts = chosen(args.contracts, ())
     folder = Path(args.output)
     if folder.exists() and not folder.is_dir():
@@ -369,7 +374,7 @@ def pack(args: argparse.Namespace) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
-    choice("option --backend", "backend", args.backend, BACKENDS)
+    check_backend(args.backend)
     contracts = chosen(args.contracts, STANDING)
     found = records.read(map(Path, args.tuned)) if args.tuned else None
     lengths = numbers("--tokens", args.tokens) if args.tokens else list(LENGTHS)
@@ -380,8 +385,15 @@ def bench(args: argparse.Namespace) -> int:
         progress.step("compiling")
         program = prepare("bench", recipes)
         results = [compile_cost(recipe) for recipe in recipes]
-        progress.step("measuring speed, error, decode and two threads")
-        options = ["--tests", "speed,error,decode,splits", "--seconds", "0.4", "--cached", "60,120,240"]
+        progress.step("measuring speed, error, decode, patterns, backward and two threads")
+        options = [
+            "--tests",
+            "speed,error,decode,patterns,backward,splits",
+            "--seconds",
+            "0.4",
+            "--cached",
+            "60,120,240",
+        ]
         results += measure(program, [*options, "--tokens", ",".join(map(str, lengths))], progress)
         progress.step("measuring the narrower targets")
         narrow = {v.target for r in recipes for v in r.variants} - {entry(results)}

@@ -65,12 +65,13 @@ typedef struct shape {
     oracle_kind kind;
     double norm; /* of q' and k' */
     uint64_t seed;
+    const nf_pattern *pattern; /* NULL: the window of pattern_of() and three globals */
 } shape;
 
 typedef struct call {
     const kernel *k;
     nf_args a;
-    block q, key, v, out, lse, workspace, projection, state;
+    block q, key, v, out, lse, workspace, projection, state, pattern;
     size_t bytes;                          /* of the workspace */
     double *ref, *ref_lse;                 /* [batch, heads, q_tokens] (dim) */
     float *w;                              /* the projection's effective matrix */
@@ -110,6 +111,51 @@ static inline float *row_at(nf_input t, int64_t batch, int64_t token, int64_t he
 static inline nf_input out_tensor(const nf_args *a)
 {
     return (nf_input){a->out.data, a->out.batch_stride, a->out.token_stride, a->out.head_stride};
+}
+
+/* Layouts: batch, heads, groups, strides off the alignment, keys before the queries, cross attention, scale. Longer by
+ * two blocks where there are any, beyond a window. 0 where there are no more. */
+static inline int layout_at(const kernel *k, int i, shape *s)
+{
+    static const shape table[] = {
+        {.batch = 3, .heads = 2, .q_tokens = 37},
+        {.batch = 2, .heads = 3, .q_tokens = 70, .odd = 1},
+        {.heads = 4, .kv_heads = 2, .q_tokens = 50},
+        {.heads = 8, .kv_heads = 2, .q_tokens = 50, .odd = 1},
+        {.batch = 2, .heads = 5, .kv_heads = 1, .q_tokens = 33},
+        {.q_tokens = 20, .kv_tokens = 100},
+        {.batch = 2, .heads = 4, .kv_heads = 2, .q_tokens = 1, .kv_tokens = 77, .odd = 1},
+        {.heads = 2, .q_tokens = 66, .kv_tokens = 67},
+        {.q_tokens = 50, .full = 1},
+        {.heads = 2, .q_tokens = 40, .kv_tokens = 90, .full = 1, .odd = 1},
+        {.batch = 2, .heads = 4, .kv_heads = 2, .q_tokens = 90, .kv_tokens = 7, .full = 1},
+        {.q_tokens = 45, .scale = 0.5f},
+        {.q_tokens = 45, .kv_tokens = 60, .scale = 0.01f, .full = 1},
+    };
+    if (i >= (int)(sizeof table / sizeof *table))
+        return 0;
+    *s = table[i];
+    s->norm = 4;
+    s->seed = 100 + (uint64_t)i;
+    *(s->kv_tokens ? &s->kv_tokens : &s->q_tokens) += 2 * k->block;
+    return 1;
+}
+
+/* Can the kernel do that at all? The hybrid is causal, and two-sided patterns have a place for every query. */
+static inline int takes(const kernel *k, shape s)
+{
+    return !(s.full && k->block && (k->features || (s.kv_tokens && s.kv_tokens != s.q_tokens)));
+}
+
+static inline int stateful(const kernel *k)
+{
+    return k->features || k->block;
+}
+
+/* The pattern of a call that asks for none. */
+static inline nf_pattern pattern_of(const kernel *k)
+{
+    return (nf_pattern){.window = k->features ? 5 : k->block + 5, .globals = 3};
 }
 
 static inline void call_fill(call *c, shape s)
@@ -174,6 +220,10 @@ static inline call call_make(const kernel *k, shape s)
     a->out = (nf_output){c.out.data, out.batch_stride, out.token_stride, out.head_stride};
     c.lse = block_make((size_t)(a->batch * a->heads * a->q_tokens) * sizeof(float), s.odd ? 4 : 0);
     a->lse = (float *)(void *)c.lse.data;
+    c.pattern = block_make(sizeof(nf_pattern), 0); /* left blank for operators that do not look at it */
+    a->pattern = (const nf_pattern *)(const void *)c.pattern.data;
+    if (k->block)
+        *(nf_pattern *)(void *)c.pattern.data = s.pattern ? *s.pattern : pattern_of(k);
     c.bytes = k->workspace(a);
     c.workspace = block_make(c.bytes, 0);
     call_project(&c, s.seed, NULL);
@@ -183,7 +233,8 @@ static inline call call_make(const kernel *k, shape s)
 
 static inline void call_free(call *c)
 {
-    block *const all[] = {&c->q, &c->key, &c->v, &c->out, &c->lse, &c->workspace, &c->projection, &c->state};
+    block *const all[] = {&c->q,         &c->key,        &c->v,     &c->out,    &c->lse,
+                          &c->workspace, &c->projection, &c->state, &c->pattern};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         block_free(all[i]);
     free(c->ref);
@@ -216,28 +267,57 @@ static inline nf_status call_run(call *c, attend_fn attend)
     return attend(&c->a, c->workspace.data, c->bytes);
 }
 
-/* Nothing outside the rows of out was written, and no guard. */
-static inline int call_intact(const call *c)
+/* Is everything between the rows of a tensor as it was made? */
+static inline int gaps_blank(const block *b, nf_input t, int64_t batch, int64_t tokens, int64_t heads, int dim)
 {
-    const block *const all[] = {&c->q, &c->key, &c->v, &c->out, &c->lse, &c->workspace, &c->projection, &c->state};
-    const nf_args *a = &c->a;
-    block gaps = block_make(c->out.bytes, 0);
-    nf_input out = out_tensor(a);
+    block gaps = block_make(b->bytes, 0);
     int intact;
-    memcpy(gaps.data, c->out.data, c->out.bytes);
-    out.data = gaps.data;
-    for (int64_t b = 0; b < a->batch; b++)
-        for (int64_t i = 0; i < a->q_tokens; i++)
-            for (int64_t h = 0; h < a->heads; h++)
-                memset(row_at(out, b, i, h), BLANK, (size_t)c->k->dim * sizeof(float));
+    memcpy(gaps.data, b->data, b->bytes);
+    t.data = gaps.data;
+    for (int64_t n = 0; n < batch; n++)
+        for (int64_t i = 0; i < tokens; i++)
+            for (int64_t h = 0; h < heads; h++)
+                memset(row_at(t, n, i, h), BLANK, (size_t)dim * sizeof(float));
     intact = blank(gaps.data, gaps.bytes);
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-        intact = intact && block_intact(all[i]);
     block_free(&gaps);
     return intact;
 }
 
+/* Nothing outside the rows of out was written, and no guard. */
+static inline int call_intact(const call *c)
+{
+    const block *const all[] = {&c->q,         &c->key,        &c->v,     &c->out,    &c->lse,
+                                &c->workspace, &c->projection, &c->state, &c->pattern};
+    int intact = gaps_blank(&c->out, out_tensor(&c->a), c->a.batch, c->a.q_tokens, c->a.heads, c->k->dim);
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        intact = intact && block_intact(all[i]);
+    return intact;
+}
+
 /* ---- reference --------------------------------------------------------------------------------------------------- */
+
+/* The call's pattern as query head h has it. */
+static inline oracle_pattern pattern_at(const call *c, int64_t h)
+{
+    const nf_pattern *p = c->a.pattern;
+    oracle_pattern o;
+    memset(&o, 0, sizeof o);
+    if (!c->k->block)
+        return o;
+    o.window = p->window;
+    o.dilation = p->dilation ? p->dilation[h] : 1;
+    o.globals = p->globals;
+    o.global_tokens = p->global_tokens;
+    o.global_count = p->global_count;
+    o.block = c->k->block;
+    o.block_offsets = p->block_offsets;
+    if (p->block_offsets && p->block_heads > 1)
+        o.block_offsets += h * (p->block_rows + 1);
+    o.block_keys = p->block_keys;
+    o.far_gain = p->far_gain ? (double)p->far_gain[h] : 0;
+    o.far_exact = (p->flags & NF_FAR_EXACT) != 0;
+    return o;
+}
 
 /* The oracle's head for query head h of a batch entry, rows [first, first + count) of its tokens. */
 static inline oracle_head head_at(const call *c, int64_t batch, int64_t h, int64_t first, int64_t count)
@@ -261,15 +341,8 @@ static inline oracle_head head_at(const call *c, int64_t batch, int64_t h, int64
     o.rows = c->k->rows;
     o.cosh = c->k->features == 2 * c->k->rows;
     o.calibration = c->calibration;
+    o.pattern = pattern_at(c, h);
     return o;
-}
-
-static inline void oracle_run(const call *c, const oracle_head *o, double *out, double *lse)
-{
-    if (c->k->features)
-        oracle_favor(o, out, lse);
-    else
-        oracle_exact(o, out, lse);
 }
 
 /* Fill c->ref and c->ref_lse; of sequences without packing only the rows [first, q_tokens). */
@@ -288,7 +361,7 @@ static inline void call_reference(call *c, int64_t first)
             for (int64_t s = 0; s < (a->cu_tokens ? a->sequences : 1); s++) {
                 const int64_t from = cu[s] > first ? cu[s] : first, row = (b * a->heads + h) * a->q_tokens + from;
                 const oracle_head o = head_at(c, b, h, from, cu[s + 1] - from);
-                oracle_run(c, &o, c->ref + row * c->k->dim, c->ref_lse + row);
+                oracle_attention(&o, c->ref + row * c->k->dim, c->ref_lse + row);
             }
     for (int64_t b = 0; b < a->batch; b++)
         for (int64_t h = 0; h < kv_heads(a); h++)
@@ -322,7 +395,7 @@ static inline double call_error(const call *c, int64_t first)
                 for (int d = 0; d < dim; d++)
                     sum += pow((double)out[d] - c->ref[row * dim + d], 2);
                 worst = larger(worst, sqrt(sum) / fmax(c->v_norm, 1e-30));
-                if (a->lse)
+                if (a->lse && (double)a->lse[row] != c->ref_lse[row]) /* equal: both -inf */
                     worst = larger(worst, fabs((double)a->lse[row] - c->ref_lse[row]) / fmax(1, fabs(c->ref_lse[row])));
             }
     return worst;

@@ -1,42 +1,151 @@
-/* The two ways in which the oracle computes favor agree: the definition pair by pair, and with the sums exchanged. */
+/* The oracle checked against itself: pair by pair against running sums, and the hand-derived gradients against central
+ * differences of the forward. Prints the worst of each. */
 #include "oracle.h"
 
 #include <stdio.h>
 
-enum { D = 16, ROWS = 24, TOKENS = 60, QUERIES = 50 };
+enum { D = 8, ROWS = 12, TOKENS = 60, QUERIES = 50, WAYS = 64 };
+
+static float q[TOKENS * D], k[TOKENS * D], v[TOKENS * D], w[ROWS * D];
+static oracle_calibration calibration;
 
 static double distance(const double *a, const double *b, int count)
 {
     double most = 0;
     for (int i = 0; i < count; i++)
-        most = fmax(most, fabs(a[i] - b[i]) / fmax(1, fabs(b[i])));
+        most = a[i] == b[i] ? most : fmax(most, fabs(a[i] - b[i]) / fmax(1, fabs(b[i])));
     return most;
+}
+
+/* One of every operator, mask, map, calibration and pattern. */
+static oracle_head head_of(int way, int64_t queries, int64_t tokens)
+{
+    static const int32_t listed[] = {3, 17, 18}, offsets[] = {0, 0, 1, 3, 3, 5, 6, 6, 8},
+                         keys[] = {0, 0, 1, 1, 3, 5, 0, 7};
+    const int features = way & 1, patterned = way >> 1 & 1;
+    oracle_pattern pattern;
+    oracle_head h;
+    memset(&h, 0, sizeof h);
+    memset(&pattern, 0, sizeof pattern);
+    h.q_tokens = queries, h.kv_tokens = tokens, h.dim = D;
+    h.q = q, h.k = k, h.v = v;
+    h.full = (way >> 2 & 1) && !(features && patterned);
+    if (h.full)
+        h.q_tokens = tokens = queries < tokens ? queries : tokens, h.kv_tokens = tokens;
+    if (features)
+        h.w = w, h.rows = ROWS, h.cosh = way >> 3 & 1, h.calibration = way & 16 ? &calibration : NULL;
+    pattern.block = 8, pattern.dilation = 1;
+    pattern.window = way & 32 ? 9 : 0;
+    pattern.globals = way & 16 ? 0 : 2;
+    if (features) {
+        pattern.far_gain = 0.7, pattern.far_exact = way >> 2 & 1;
+    } else {
+        pattern.dilation = 1 + (way >> 3 & 1);
+        if (way & 16)
+            pattern.block_offsets = offsets, pattern.block_keys = keys;
+    }
+    if (way & 8)
+        pattern.global_tokens = listed, pattern.global_count = 3;
+    if (patterned)
+        h.pattern = pattern;
+    return h;
+}
+
+static double sums_agree(int way)
+{
+    static double out[2][QUERIES * D], lse[2][QUERIES];
+    const oracle_head h = head_of(way, QUERIES, TOKENS);
+    if (!h.rows || (h.pattern.block && h.pattern.far_exact))
+        return 0;
+    oracle_sums(&h, out[0], lse[0]);
+    oracle_pairs(&h, out[1], lse[1]);
+    return fmax(distance(out[0], out[1], QUERIES * D), distance(lse[0], lse[1], QUERIES));
+}
+
+/* sum of dout . out + dlse lse; queries that see nothing are left out. */
+static double loss_of(const oracle_head *h, const float *dout, const float *dlse)
+{
+    static double out[TOKENS * D], lse[TOKENS];
+    double sum = 0;
+    oracle_pairs(h, out, lse);
+    for (int64_t i = 0; i < h->q_tokens; i++) {
+        sum += lse[i] > -INFINITY ? (double)dlse[i] * lse[i] : 0;
+        for (int d = 0; d < D; d++)
+            sum += (double)dout[i * D + d] * out[i * D + d];
+    }
+    return sum;
+}
+
+/* The derivative by *x: central differences of two steps, extrapolated. The inputs are multiples of 2^-16, so that
+ * float holds every step exactly. */
+static double difference(const oracle_head *h, const float *dout, const float *dlse, float *x)
+{
+    const float here = *x;
+    double slope[2];
+    for (int i = 0; i < 2; i++) {
+        const float step = i ? 1.0f / 512 : 1.0f / 1024;
+        *x = here + step;
+        slope[i] = loss_of(h, dout, dlse);
+        *x = here - step;
+        slope[i] = (slope[i] - loss_of(h, dout, dlse)) / (2 * (double)step);
+    }
+    *x = here;
+    return (4 * slope[0] - slope[1]) / 3;
+}
+
+static double gradients_agree(int way)
+{
+    enum { N = 44, SHORT = 41 };
+    static float dout[N * D], dlse[N];
+    static double dq[N * D], dk[N * D], dv[N * D];
+    const oracle_head h = head_of(way, SHORT, N);
+    oracle_loss loss = {dout, dlse, 0, dq, dk, dv};
+    oracle_random r = {9};
+    double worst = 0, size = 0;
+    oracle_vector(&r, dlse, N, -3);
+    for (int i = 0; i < N; i++)
+        oracle_vector(&r, dout + i * D, D, -3);
+    memset(dq, 0, sizeof dq), memset(dk, 0, sizeof dk), memset(dv, 0, sizeof dv);
+    oracle_backward(&h, &loss);
+    for (int i = 0; i < N * D; i++)
+        size = fmax(size, fmax(fabs(dq[i]), fmax(fabs(dk[i]), fabs(dv[i]))));
+    for (int i = way % 5; i < h.q_tokens * D; i += 23)
+        worst = fmax(worst, fabs(difference(&h, dout, dlse, q + i) - dq[i]));
+    for (int i = way % 7; i < h.kv_tokens * D; i += 23) {
+        worst = fmax(worst, fabs(difference(&h, dout, dlse, k + i) - dk[i]));
+        worst = fmax(worst, fabs(difference(&h, dout, dlse, v + i) - dv[i]));
+    }
+    return size > 0 ? worst / size : INFINITY;
+}
+
+static void inputs(oracle_kind kind, double norm)
+{
+    float *const all[] = {q, k, v};
+    oracle_inputs(kind, norm, 0, 7, D, QUERIES, TOKENS, q, k, v);
+    for (int t = 0; t < 3; t++)
+        for (int i = 0; i < TOKENS * D; i++)
+            all[t][i] = (float)rint((double)all[t][i] * 65536) / 65536;
+    calibration = oracle_calibrate(q, QUERIES, 0, k, TOKENS, 0, D, 0, 0, 0);
 }
 
 int main(void)
 {
-    static float q[TOKENS * D], k[TOKENS * D], v[TOKENS * D], w[ROWS * D];
-    static double out[2][QUERIES * D], lse[2][QUERIES];
     oracle_random r = {5};
-    double worst = 0;
+    double sums = 0, gradients = 0;
     for (int i = 0; i < ROWS; i++)
-        oracle_vector(&r, w + i * D, D, 4);
-    for (int kind = 0; kind < ORACLE_KINDS; kind++)
-        for (int way = 0; way < 8; way++) {
-            oracle_calibration c;
-            oracle_head h;
-            memset(&h, 0, sizeof h);
-            oracle_inputs((oracle_kind)kind, 40, 0, 7, D, QUERIES, TOKENS, q, k, v);
-            c = oracle_calibrate(q, QUERIES, 0, k, TOKENS, 0, D, 0, 0, 0);
-            h.q_tokens = QUERIES, h.kv_tokens = TOKENS, h.dim = D;
-            h.q = q, h.k = k, h.v = v, h.w = w, h.rows = ROWS;
-            h.cosh = way & 1, h.full = way >> 1 & 1, h.calibration = way & 4 ? &c : NULL;
-            oracle_favor(&h, out[0], lse[0]);
-            oracle_favor_pairs(&h, out[1], lse[1]);
-            worst = fmax(worst, distance(out[0], out[1], QUERIES * D));
-            worst = fmax(worst, distance(lse[0], lse[1], QUERIES));
-            oracle_calibration_free(&c);
-        }
-    printf("%g\n", worst);
-    return worst < 1e-10 ? 0 : 1;
+        oracle_vector(&r, w + i * D, D, 3);
+    for (int kind = 0; kind < ORACLE_KINDS; kind++) {
+        inputs((oracle_kind)kind, 40);
+        for (int way = 0; way < WAYS; way++)
+            sums = fmax(sums, sums_agree(way));
+        oracle_calibration_free(&calibration);
+    }
+    for (int norm = 1; norm <= 4; norm += 3) {
+        inputs(ORACLE_GAUSS, norm);
+        for (int way = 0; way < WAYS; way++)
+            gradients = fmax(gradients, gradients_agree(way));
+        oracle_calibration_free(&calibration);
+    }
+    printf("sums %g, gradients %g\n", sums, gradients);
+    return sums < 1e-10 && gradients < 1e-8 ? 0 : 1;
 }

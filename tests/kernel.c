@@ -1,5 +1,5 @@
 /* One contract's header, compiled once: the table through which the tests reach it. The build says -DCONTRACT=<name>,
- * and -DFAVOR where it has features. */
+ * -DFEATURES where it has any, and -DNO_BACKWARD where it has none. */
 #define TEXT(name) #name
 #define NAME(name) TEXT(name)
 #define PASTE(a, b, c) a##b##c
@@ -16,10 +16,13 @@ const kernel JOIN(kernel_, CONTRACT, ) = {
     .workspace = K(workspace),
     .forward = K(forward),
     .decode = K(decode),
+#ifndef NO_BACKWARD
+    .backward = K(backward),
+#endif
     .state_bytes = K(state_bytes),
     .state_reset = K(state_reset),
     .state_merge = K(state_merge),
-#ifdef FAVOR
+#ifdef FEATURES
     .projection_bytes = K(projection_bytes),
     .projection_init = K(projection_init),
     .projection_from = K(projection_from),

@@ -11,12 +11,14 @@
 #include <string.h>
 
 typedef nf_status (*attend_fn)(const nf_args *args, void *workspace, size_t bytes);
+typedef nf_status (*backward_fn)(const nf_args *args, const nf_grads *grads, void *workspace, size_t bytes);
 
 typedef struct kernel {
-    const char *name;        /* the contract's */
-    int dim, features, rows; /* D, M, rows of W: read from the name */
+    const char *name;               /* the contract's */
+    int dim, features, block, rows; /* D, M, B, rows of W: read from the name */
     size_t (*workspace)(const nf_args *args);
     attend_fn forward, decode;
+    backward_fn backward; /* NULL where the build said so */
     size_t (*state_bytes)(const nf_args *args);
     nf_status (*state_reset)(const nf_args *args);
     nf_status (*state_merge)(void *dst, const void *a, const void *b);
@@ -42,42 +44,41 @@ static inline kernel kernel_of(const kernel *k)
     kernel ready = *k;
     ready.dim = number_in(k->name, 'd');
     ready.features = number_in(k->name, 'm');
+    ready.block = number_in(k->name, 'b');
     ready.rows = strstr(k->name, "cosh") ? ready.features / 2 : ready.features;
     return ready;
 }
 
-/* From the build: X(name, y) for every contract of the program that has features (FAVORS), that has none (EXACTS). */
+/* From the build: X(name, y) for every contract of an operator in the program. */
 #ifdef FAVORS
-#define CONTRACTS(X, y) FAVORS(X, y) EXACTS(X, y)
+#define CONTRACTS(X, y) FAVORS(X, y) EXACTS(X, y) SPARSES(X, y) HYBRIDS(X, y)
+#define WITH_FEATURES(X, y) FAVORS(X, y) HYBRIDS(X, y)
+#define WITH_PATTERN(X, y) SPARSES(X, y) HYBRIDS(X, y)
+#define WITH_STATE(X, y) FAVORS(X, y) SPARSES(X, y) HYBRIDS(X, y)
+#define WITHOUT_FEATURES(X, y) EXACTS(X, y) SPARSES(X, y)
 #define KERNEL_DECLARE(contract, unused) extern const kernel kernel_##contract;
 CONTRACTS(KERNEL_DECLARE, unused)
 #endif
 
-/* One test per contract: a topic is a function of a kernel. */
+/* One test per contract of a list: a topic is a function of a kernel. */
 #define TEST_ONE(contract, topic) \
     Test(topic, contract) \
     { \
         const kernel k = kernel_of(&kernel_##contract); \
         topic(&k); \
     }
-#define TEST_EACH(topic) \
+#define TEST_LIST(topic, LIST) \
     static void topic(const kernel *k) __attribute__((unused)); \
-    CONTRACTS(TEST_ONE, topic) \
+    LIST(TEST_ONE, topic) \
     static void topic(const kernel *k)
-#define TEST_EXACT(topic) \
-    static void topic(const kernel *k) __attribute__((unused)); \
-    EXACTS(TEST_ONE, topic) \
-    static void topic(const kernel *k)
-#define TEST_FAVOR(topic) \
-    static void topic(const kernel *k) __attribute__((unused)); \
-    FAVORS(TEST_ONE, topic) \
-    static void topic(const kernel *k)
+#define TEST_EACH(topic) TEST_LIST(topic, CONTRACTS)
 
 /* A way to run a kernel: a variant that this machine supports; the first of them through the entry point, which picks
  * it (test_arguments: entry). */
 typedef struct way {
     const char *name;
     attend_fn forward, decode;
+    backward_fn backward;
     int chunk; /* tokens per chunk */
 } way;
 
@@ -89,7 +90,8 @@ static inline int way_at(const kernel *k, int i, way *w)
     for (int32_t j = 0, n = 0; j < count; j++)
         if (v[j].supported() && n++ == i) {
             const int chunk = number_in(v[j].name + strlen("nf_") + strlen(k->name), 'c');
-            *w = (way){v[j].name, i ? v[j].forward : k->forward, i ? v[j].decode : k->decode, chunk ? chunk : 32};
+            *w = (way){v[j].name, i ? v[j].forward : k->forward, i ? v[j].decode : k->decode,
+                       i ? v[j].backward : k->backward, chunk ? chunk : 32};
             return 1;
         }
     return 0;

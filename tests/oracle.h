@@ -1,10 +1,12 @@
-/* The fp64 oracle: attention straight from its definition, in plain loops and double precision. It shares no code with
- * the kernels. One head and one sequence at a time; keys folded into a state earlier are simply the first keys here,
- * because query i of a causal call sees the keys j <= i + kv_tokens - q_tokens.
+/* The fp64 oracle: attention and its gradients straight from the definition, in plain loops and double precision. It
+ * shares no code with the kernels. One head and one sequence at a time; keys folded into a state earlier are simply the
+ * first keys here, because query i of a causal call stands at position i + kv_tokens - q_tokens.
  *
- * Below, x' = sqrt(scale) x. The exact kernel is A_ij = exp(q'_i . k'_j); the favor kernel is
- *     A_ij = 1/m sum_r exp(lq_ir + lk_jr),   lq_ir = w_r . q'_i - |q'_i|^2 / 2,   lk_jr = w_r . k'_j - |k'_j|^2 / 2
- * where the map cosh uses every w_r twice, with both signs. out_i = sum_j A_ij v_j / sum_j A_ij, lse_i = ln sum_j A_ij.
+ * Every operator is a softmax over the logits l_ij of its pairs (oracle_link says which kind a pair is):
+ *     out_i = sum_j e^(l_ij) v_j / sum_j e^(l_ij),   lse_i = ln sum_j e^(l_ij)
+ * A pair is unseen (l = -inf), exact (l = q'_i . k'_j with x' = sqrt(scale) x), or estimated by random features:
+ *     l_ij = ln 1/m sum_r exp(lq_ir + lk_jr),   lq_ir = w_r . q'_i - |q'_i|^2 / 2,   lk_jr = w_r . k'_j - |k'_j|^2 / 2
+ * where the map cosh uses every w_r twice, with both signs.
  */
 #ifndef ORACLE_H
 #define ORACLE_H
@@ -27,6 +29,17 @@ typedef struct oracle_calibration {
     double *q_mean, *k_mean, *psi, *k_var; /* [dim] each */
 } oracle_calibration;
 
+/* The pattern of one head; block is the contract's, 0: no pattern. */
+typedef struct oracle_pattern {
+    int64_t window, dilation, globals;
+    const int32_t *global_tokens; /* [global_count] */
+    int64_t global_count;
+    int64_t block;
+    const int32_t *block_offsets, *block_keys; /* of this head's list; NULL: none */
+    double far_gain;
+    int far_exact;
+} oracle_pattern;
+
 typedef struct oracle_head {
     int64_t q_tokens, kv_tokens;
     int64_t q_stride, k_stride, v_stride; /* elements from token to token; 0 = dim */
@@ -35,10 +48,12 @@ typedef struct oracle_head {
     double scale; /* 0 = 1/sqrt(dim) */
     int full;     /* 1: every query sees every key; 0: causal */
 
-    /* favor only */
+    /* favor and hybrid only */
     const float *w; /* [rows][dim] as K_projection_read gives it */
     int rows, cosh; /* cosh: each row serves both signs, m = 2 rows */
     const oracle_calibration *calibration;
+
+    oracle_pattern pattern; /* sparse and hybrid only */
 } oracle_head;
 
 ORACLE_FN double *oracle_doubles(size_t count)
@@ -59,10 +74,64 @@ ORACLE_FN const float *oracle_row(const float *data, int64_t stride, int dim, in
     return data + token * (stride ? stride : dim);
 }
 
-/* Number of keys that query i sees. */
-ORACLE_FN int64_t oracle_visible(const oracle_head *h, int64_t i)
+/* Features of a point; 0 without any. */
+ORACLE_FN int oracle_m(const oracle_head *h)
 {
-    return h->full ? h->kv_tokens : i + 1 + h->kv_tokens - h->q_tokens;
+    return h->cosh ? 2 * h->rows : h->rows;
+}
+
+/* ---- who sees whom --------------------------------------------------------------------------------------------- */
+
+typedef enum oracle_kinship { ORACLE_UNSEEN, ORACLE_NEAR, ORACLE_FAR } oracle_kinship; /* FAR: by features */
+
+ORACLE_FN int64_t oracle_position(const oracle_head *h, int64_t i)
+{
+    return h->full ? i : i + h->kv_tokens - h->q_tokens;
+}
+
+ORACLE_FN int oracle_global(const oracle_pattern *p, int64_t token)
+{
+    int listed = 0;
+    for (int64_t g = 0; g < p->global_count; g++)
+        listed |= p->global_tokens[g] == token;
+    return listed || token < p->globals;
+}
+
+/* sparse: does the query at position p see key j, the mask aside? */
+ORACLE_FN int oracle_sees(const oracle_pattern *pattern, int64_t p, int64_t j)
+{
+    const int64_t away = j < p ? p - j : j - p, b = p / pattern->block;
+    int seen = away % pattern->dilation == 0 && away / pattern->dilation < pattern->window;
+    seen |= oracle_global(pattern, j) || oracle_global(pattern, p);
+    if (pattern->block_offsets)
+        for (int32_t n = pattern->block_offsets[b]; n < pattern->block_offsets[b + 1]; n++)
+            seen |= j / pattern->block == pattern->block_keys[n];
+    return seen;
+}
+
+/* hybrid: how the query at position p and an earlier key (or its own) meet. */
+ORACLE_FN oracle_kinship oracle_nearness(const oracle_pattern *pattern, int64_t p, int64_t j)
+{
+    const int64_t blocks = (pattern->window + pattern->block - 1) / pattern->block;
+    const int within = p / pattern->block - j / pattern->block <= blocks;
+    if (oracle_global(pattern, j) || oracle_global(pattern, p))
+        return ORACLE_NEAR;
+    if (pattern->far_exact)
+        return within ? ORACLE_FAR : ORACLE_UNSEEN;
+    return within ? ORACLE_NEAR : ORACLE_FAR;
+}
+
+/* How query i and key j meet. */
+ORACLE_FN oracle_kinship oracle_link(const oracle_head *h, int64_t i, int64_t j)
+{
+    const int64_t p = oracle_position(h, i);
+    if (!h->full && j > p)
+        return ORACLE_UNSEEN;
+    if (h->pattern.block && !h->rows)
+        return oracle_sees(&h->pattern, p, j) ? ORACLE_NEAR : ORACLE_UNSEEN;
+    if (h->pattern.block)
+        return oracle_nearness(&h->pattern, p, j);
+    return h->rows ? ORACLE_FAR : ORACLE_NEAR;
 }
 
 /* ---- features -------------------------------------------------------------------------------------------------- */
@@ -83,119 +152,154 @@ ORACLE_FN void oracle_features(const oracle_head *h, const double *x, double ext
     }
 }
 
-/* The log features of query i. With a calibration, q'.k' = q~'.k~' + qmean'.k~' + q'.kmean' (q~ = q - qmean, and so
- * k~): the random features approximate the first term, tempered and balanced; the second belongs to the key; the third
- * and the mass that tempering takes away belong to the query. */
+/* A query (or key) as the features see it: x'_d, the part of the logit that is no feature's, and the derivatives of
+ * both by the point's own coordinates. With a calibration, q'.k' = q~'.k~' + qmean'.k~' + q'.kmean' (q~ = q - qmean,
+ * and so k~): the random features approximate the first term, tempered and balanced; the second belongs to the key; the
+ * third and the mass that tempering takes away belong to the query. */
+typedef struct oracle_point {
+    double extra, *x, *slope, *tilt; /* slope: dx'_d/dx_d, tilt: d extra/dx_d */
+} oracle_point;
+
+ORACLE_FN oracle_point oracle_point_at(const oracle_head *h, const float *row, int query)
+{
+    const oracle_calibration *c = h->calibration;
+    const double s = oracle_scale(h);
+    oracle_point p = {0, NULL, NULL, NULL};
+    p.x = oracle_doubles((size_t)h->dim * 3);
+    p.slope = p.x + h->dim, p.tilt = p.slope + h->dim;
+    for (int d = 0; d < h->dim; d++) {
+        const double x = (double)row[d];
+        p.slope[d] = sqrt(s);
+        p.x[d] = sqrt(s) * x;
+        if (c && query) {
+            const double centred = x - c->q_mean[d], lost = (1 - pow(c->tau, 4)) / 2 * s * s * c->k_var[d];
+            p.slope[d] = sqrt(s) * c->tau * c->psi[d];
+            p.x[d] = p.slope[d] * centred;
+            p.extra += s * x * c->k_mean[d] + lost * centred * centred;
+            p.tilt[d] = s * c->k_mean[d] + 2 * lost * centred;
+        } else if (c) {
+            const double centred = x - c->k_mean[d];
+            p.slope[d] = sqrt(s) * c->tau / c->psi[d];
+            p.x[d] = p.slope[d] * centred;
+            p.extra += s * c->q_mean[d] * centred;
+            p.tilt[d] = s * c->q_mean[d];
+        }
+    }
+    return p;
+}
+
+ORACLE_FN void oracle_point_features(const oracle_head *h, const float *row, int query, double *l)
+{
+    oracle_point p = oracle_point_at(h, row, query);
+    oracle_features(h, p.x, p.extra, l);
+    free(p.x);
+}
+
+/* The log features of query i, and of key j. */
 ORACLE_FN void oracle_query_features(const oracle_head *h, int64_t i, double *l)
 {
-    const float *q = oracle_row(h->q, h->q_stride, h->dim, i);
-    const oracle_calibration *c = h->calibration;
-    const double s = oracle_scale(h);
-    double *x = oracle_doubles((size_t)h->dim), extra = 0;
-    for (int d = 0; d < h->dim; d++) {
-        if (c) {
-            const double centred = (double)q[d] - c->q_mean[d], t4 = c->tau * c->tau * c->tau * c->tau;
-            x[d] = sqrt(s) * c->tau * c->psi[d] * centred;
-            extra += s * (double)q[d] * c->k_mean[d] + (1 - t4) / 2 * (s * c->k_var[d]) * (s * centred * centred);
-        } else {
-            x[d] = sqrt(s) * (double)q[d];
-        }
-    }
-    oracle_features(h, x, extra, l);
-    free(x);
+    oracle_point_features(h, oracle_row(h->q, h->q_stride, h->dim, i), 1, l);
 }
 
-/* The log features of key j. */
 ORACLE_FN void oracle_key_features(const oracle_head *h, int64_t j, double *l)
 {
-    const float *k = oracle_row(h->k, h->k_stride, h->dim, j);
-    const oracle_calibration *c = h->calibration;
-    const double s = oracle_scale(h);
-    double *x = oracle_doubles((size_t)h->dim), extra = 0;
-    for (int d = 0; d < h->dim; d++) {
-        if (c) {
-            const double centred = (double)k[d] - c->k_mean[d];
-            x[d] = sqrt(s) * c->tau * centred / c->psi[d];
-            extra += s * c->q_mean[d] * centred;
-        } else {
-            x[d] = sqrt(s) * (double)k[d];
-        }
-    }
-    oracle_features(h, x, extra, l);
-    free(x);
+    oracle_point_features(h, oracle_row(h->k, h->k_stride, h->dim, j), 0, l);
 }
 
-/* ---- attention ------------------------------------------------------------------------------------------------- */
+/* ---- attention, pair by pair ----------------------------------------------------------------------------------- */
 
-/* out = sum_j e^(l_j) v_j / sum_j e^(l_j), returns ln sum_j e^(l_j); nothing visible: 0 and -inf. */
-ORACLE_FN double oracle_softmax(const oracle_head *h, const double *l, int64_t visible, double *out)
+/* out = sum_j e^(l_j) v_j / sum_j e^(l_j), returns ln sum_j e^(l_j); all unseen: 0 and -inf. */
+ORACLE_FN double oracle_softmax(const oracle_head *h, const double *l, double *out)
 {
     double top = -INFINITY, sum = 0;
     memset(out, 0, (size_t)h->dim * sizeof *out);
-    for (int64_t j = 0; j < visible; j++)
+    for (int64_t j = 0; j < h->kv_tokens; j++)
         top = l[j] > top ? l[j] : top;
-    for (int64_t j = 0; j < visible; j++) {
+    if (top == -INFINITY)
+        return top;
+    for (int64_t j = 0; j < h->kv_tokens; j++) {
         const float *v = oracle_row(h->v, h->v_stride, h->dim, j);
         const double e = exp(l[j] - top);
         sum += e;
-        for (int d = 0; d < h->dim; d++)
+        for (int d = 0; d < h->dim && e > 0; d++)
             out[d] += e * (double)v[d];
     }
-    for (int d = 0; d < h->dim && visible > 0; d++)
+    for (int d = 0; d < h->dim; d++)
         out[d] /= sum;
-    return visible > 0 ? top + log(sum) : -INFINITY;
+    return top + log(sum);
 }
 
-/* Exact softmax attention. out [q_tokens][dim]; lse [q_tokens] or NULL. */
-ORACLE_FN void oracle_exact(const oracle_head *h, double *out, double *lse)
+ORACLE_FN double oracle_near_logit(const oracle_head *h, int64_t i, int64_t j)
 {
-    double *l = oracle_doubles((size_t)h->kv_tokens);
+    const float *q = oracle_row(h->q, h->q_stride, h->dim, i), *k = oracle_row(h->k, h->k_stride, h->dim, j);
+    double l = 0;
+    for (int d = 0; d < h->dim; d++)
+        l += (double)q[d] * (double)k[d];
+    return oracle_scale(h) * l;
+}
+
+/* ln A of a pair by features; share [m] (or NULL): what each feature contributes to A, the derivatives of ln A by the
+ * features' exponents. */
+ORACLE_FN double oracle_far_logit(const oracle_head *h, const double *lq, const double *lk, double *share)
+{
+    const int m = oracle_m(h);
+    double top = -INFINITY, sum = 0;
+    for (int r = 0; r < m; r++)
+        top = fmax(top, lq[r] + lk[r]);
+    for (int r = 0; r < m; r++) {
+        const double e = exp(lq[r] + lk[r] - top);
+        sum += e;
+        if (share)
+            share[r] = e;
+    }
+    for (int r = 0; r < m && share; r++)
+        share[r] /= sum;
+    return top + log(sum) - log((double)m) + h->pattern.far_gain;
+}
+
+/* The log features of every query and key: [q_tokens][m], [kv_tokens][m]. */
+ORACLE_FN double *oracle_all_features(const oracle_head *h, int query)
+{
+    const int64_t rows = query ? h->q_tokens : h->kv_tokens;
+    double *l = oracle_doubles((size_t)rows * (size_t)oracle_m(h));
+    for (int64_t t = 0; t < rows && h->rows; t++)
+        (query ? oracle_query_features : oracle_key_features)(h, t, l + t * oracle_m(h));
+    return l;
+}
+
+/* The definition itself: q_tokens * kv_tokens * m exponentials where there are features. out [q_tokens][dim]; lse
+ * [q_tokens] or NULL. */
+ORACLE_FN void oracle_pairs(const oracle_head *h, double *out, double *lse)
+{
+    const int m = oracle_m(h);
+    double *l = oracle_doubles((size_t)h->kv_tokens), *lq = oracle_all_features(h, 1), *lk = oracle_all_features(h, 0);
     for (int64_t i = 0; i < h->q_tokens; i++) {
-        const float *q = oracle_row(h->q, h->q_stride, h->dim, i);
-        const int64_t visible = oracle_visible(h, i);
         double sum;
-        for (int64_t j = 0; j < visible; j++) {
-            const float *k = oracle_row(h->k, h->k_stride, h->dim, j);
-            l[j] = 0;
-            for (int d = 0; d < h->dim; d++)
-                l[j] += (double)q[d] * (double)k[d];
-            l[j] *= oracle_scale(h);
+        for (int64_t j = 0; j < h->kv_tokens; j++) {
+            const oracle_kinship link = oracle_link(h, i, j);
+            l[j] = link == ORACLE_NEAR  ? oracle_near_logit(h, i, j)
+                   : link == ORACLE_FAR ? oracle_far_logit(h, lq + i * m, lk + j * m, NULL)
+                                        : -INFINITY;
         }
-        sum = oracle_softmax(h, l, visible, out + i * h->dim);
+        sum = oracle_softmax(h, l, out + i * h->dim);
         if (lse)
             lse[i] = sum;
     }
     free(l);
+    free(lq);
+    free(lk);
 }
 
-/* favor, pair by pair: the definition itself, q_tokens * kv_tokens * m exponentials. For short lengths. */
-ORACLE_FN void oracle_favor_pairs(const oracle_head *h, double *out, double *lse)
+/* Exact softmax attention, whatever else the head has. */
+ORACLE_FN void oracle_exact(const oracle_head *h, double *out, double *lse)
 {
-    const int m = h->cosh ? 2 * h->rows : h->rows;
-    double *lk = oracle_doubles((size_t)h->kv_tokens * (size_t)m), *lq = oracle_doubles((size_t)m);
-    double *l = oracle_doubles((size_t)h->kv_tokens);
-    for (int64_t j = 0; j < h->kv_tokens; j++)
-        oracle_key_features(h, j, lk + j * m);
-    for (int64_t i = 0; i < h->q_tokens; i++) {
-        const int64_t visible = oracle_visible(h, i);
-        double total;
-        oracle_query_features(h, i, lq);
-        for (int64_t j = 0; j < visible; j++) { /* l_j = ln A_ij */
-            double top = -INFINITY, sum = 0;
-            for (int r = 0; r < m; r++)
-                top = fmax(top, lq[r] + lk[j * m + r]);
-            for (int r = 0; r < m; r++)
-                sum += exp(lq[r] + lk[j * m + r] - top);
-            l[j] = top + log(sum) - log((double)m);
-        }
-        total = oracle_softmax(h, l, visible, out + i * h->dim);
-        if (lse)
-            lse[i] = total;
-    }
-    free(lk);
-    free(lq);
-    free(l);
+    oracle_head exact = *h;
+    exact.rows = exact.cosh = 0;
+    exact.pattern.block = 0;
+    oracle_pairs(&exact, out, lse);
 }
+
+/* ---- the far field with its two sums exchanged ----------------------------------------------------------------- */
 
 /* Add key j to the sums of every feature: sums[r] = { ln reference, sum of weights, weighted sum of v [dim] }. */
 ORACLE_FN void oracle_fold(const oracle_head *h, int64_t j, int m, double *lk, double *sums)
@@ -204,8 +308,8 @@ ORACLE_FN void oracle_fold(const oracle_head *h, int64_t j, int m, double *lk, d
     oracle_key_features(h, j, lk);
     for (int r = 0; r < m; r++) {
         double *s = sums + (size_t)r * (size_t)(h->dim + 2), e;
-        if (j == 0 || lk[r] > s[0]) {
-            const double shrink = j == 0 ? 0 : exp(s[0] - lk[r]);
+        if (!(s[1] > 0) || lk[r] > s[0]) {
+            const double shrink = s[1] > 0 ? exp(s[0] - lk[r]) : 0;
             for (int d = 1; d < h->dim + 2; d++)
                 s[d] *= shrink;
             s[0] = lk[r];
@@ -236,28 +340,137 @@ ORACLE_FN double oracle_read(const oracle_head *h, int m, const double *lq, cons
     return top + log(den) - log((double)m);
 }
 
-/* favor with the two sums exchanged: sum_r phi_r(q_i) sum_j phi_r(k_j) v_j, key after key, every feature with its own
- * running reference. Linear in the length; agrees with oracle_favor_pairs to about 1e-12. */
-ORACLE_FN void oracle_favor(const oracle_head *h, double *out, double *lse)
+/* favor and hybrid: the estimated keys are summed feature by feature as the queries pass them, sum_r phi_r(q_i) sum_j
+ * phi_r(k_j) v_j; the exact ones pair by pair. Agrees with oracle_pairs to about 1e-12. */
+ORACLE_FN void oracle_sums(const oracle_head *h, double *out, double *lse)
 {
-    const int m = h->cosh ? 2 * h->rows : h->rows;
-    double *sums = oracle_doubles((size_t)m * (size_t)(h->dim + 2)), *l = oracle_doubles((size_t)m);
+    const int m = oracle_m(h);
+    double *sums = oracle_doubles((size_t)m * (size_t)(h->dim + 2)), *lr = oracle_doubles((size_t)m);
+    double *l = oracle_doubles((size_t)h->kv_tokens), *far = oracle_doubles((size_t)h->dim);
     int64_t seen = 0;
     for (int64_t i = 0; i < h->q_tokens; i++) {
-        const int64_t visible = oracle_visible(h, i);
-        double total = -INFINITY;
-        for (; seen < visible; seen++)
-            oracle_fold(h, seen, m, l, sums);
-        memset(out + i * h->dim, 0, (size_t)h->dim * sizeof *out);
-        if (visible > 0) {
-            oracle_query_features(h, i, l);
-            total = oracle_read(h, m, l, sums, out + i * h->dim);
+        double *row = out + i * h->dim, near_lse, far_lse = -INFINITY, total;
+        const int alone = h->pattern.block && oracle_global(&h->pattern, oracle_position(h, i)); /* no far field */
+        for (int64_t j = 0; j < h->kv_tokens; j++)
+            l[j] = oracle_link(h, i, j) == ORACLE_NEAR ? oracle_near_logit(h, i, j) : -INFINITY;
+        near_lse = total = oracle_softmax(h, l, row);
+        for (; !alone && seen < h->kv_tokens &&
+               (oracle_link(h, i, seen) == ORACLE_FAR || (h->pattern.block && oracle_global(&h->pattern, seen)));
+             seen++)
+            if (oracle_link(h, i, seen) == ORACLE_FAR)
+                oracle_fold(h, seen, m, lr, sums);
+        if (!alone && sums[1] > 0) {
+            oracle_query_features(h, i, lr);
+            far_lse = oracle_read(h, m, lr, sums, far) + h->pattern.far_gain;
+            total = fmax(near_lse, far_lse) + log1p(exp(-fabs(near_lse - far_lse)));
+            for (int d = 0; d < h->dim; d++)
+                row[d] = exp(near_lse - total) * row[d] + exp(far_lse - total) * far[d];
         }
         if (lse)
             lse[i] = total;
     }
     free(sums);
+    free(lr);
     free(l);
+    free(far);
+}
+
+ORACLE_FN void oracle_favor(const oracle_head *h, double *out, double *lse)
+{
+    oracle_head favor = *h;
+    favor.pattern.block = 0;
+    favor.pattern.far_gain = 0;
+    oracle_sums(&favor, out, lse);
+}
+
+/* The head's operator, in the way that is fast enough for long sequences. */
+ORACLE_FN void oracle_attention(const oracle_head *h, double *out, double *lse)
+{
+    if (h->rows && !(h->pattern.block && h->pattern.far_exact))
+        oracle_sums(h, out, lse);
+    else
+        oracle_pairs(h, out, lse);
+}
+
+/* ---- gradients, pair by pair ----------------------------------------------------------------------------------- */
+
+/* What a loss sends back: its gradients by out [q_tokens][dim] (stride 0 = dim) and by lse [q_tokens] (or NULL), and
+ * what comes of it. dq, dk, dv [tokens][dim] are added to: heads that share keys share dk and dv. */
+typedef struct oracle_loss {
+    const float *dout, *dlse;
+    int64_t dout_stride;
+    double *dq, *dk, *dv;
+} oracle_loss;
+
+/* dx += sum_r g_r d l_r/dx of a point, l_r = +-w_r . x' - |x'|^2 / 2 + extra. */
+ORACLE_FN void oracle_features_back(const oracle_head *h, const float *row, int query, const double *g, double *dx)
+{
+    oracle_point p = oracle_point_at(h, row, query);
+    double all = 0;
+    for (int r = 0; r < oracle_m(h); r++)
+        all += g[r];
+    for (int d = 0; d < h->dim; d++) {
+        double along = -all * p.x[d];
+        for (int r = 0; r < h->rows; r++)
+            along += (g[r] - (h->cosh ? g[h->rows + r] : 0)) * (double)h->w[r * h->dim + d];
+        dx[d] += p.slope[d] * along + p.tilt[d] * all;
+    }
+    free(p.x);
+}
+
+/* Softmax: with P_ij = e^(l_ij - lse_i), dv_j = sum_i P_ij dout_i and dl_ij = P_ij (dout_i . v_j - dout_i . out_i +
+ * dlse_i). Pairs: an exact logit has the gradients scale k_j and scale q_i; an estimated one passes dl_ij on to the
+ * exponents of its features, each its share, and these are summed up (gq, gk) before they go through the feature map.
+ */
+ORACLE_FN void oracle_backward(const oracle_head *h, const oracle_loss *loss)
+{
+    const int m = oracle_m(h), dim = h->dim;
+    double *lq = oracle_all_features(h, 1), *lk = oracle_all_features(h, 0), *share = oracle_doubles((size_t)m);
+    double *gq = oracle_doubles((size_t)h->q_tokens * (size_t)m),
+           *gk = oracle_doubles((size_t)h->kv_tokens * (size_t)m);
+    double *out = oracle_doubles((size_t)(h->q_tokens * dim)), *lse = oracle_doubles((size_t)h->q_tokens);
+    oracle_pairs(h, out, lse);
+    for (int64_t i = 0; i < h->q_tokens; i++) {
+        const float *q = oracle_row(h->q, h->q_stride, dim, i),
+                    *dout = oracle_row(loss->dout, loss->dout_stride, dim, i);
+        double delta = loss->dlse ? -(double)loss->dlse[i] : 0;
+        for (int d = 0; d < dim; d++)
+            delta += (double)dout[d] * out[i * dim + d];
+        for (int64_t j = 0; j < h->kv_tokens; j++) {
+            const float *k = oracle_row(h->k, h->k_stride, dim, j), *v = oracle_row(h->v, h->v_stride, dim, j);
+            const oracle_kinship link = oracle_link(h, i, j);
+            double p, dl = -delta;
+            if (link == ORACLE_UNSEEN)
+                continue;
+            p = exp((link == ORACLE_NEAR ? oracle_near_logit(h, i, j)
+                                         : oracle_far_logit(h, lq + i * m, lk + j * m, share)) -
+                    lse[i]);
+            for (int d = 0; d < dim; d++)
+                dl += (double)dout[d] * (double)v[d];
+            dl *= p;
+            for (int d = 0; d < dim; d++)
+                loss->dv[j * dim + d] += p * (double)dout[d];
+            for (int d = 0; d < dim && link == ORACLE_NEAR; d++) {
+                loss->dq[i * dim + d] += dl * oracle_scale(h) * (double)k[d];
+                loss->dk[j * dim + d] += dl * oracle_scale(h) * (double)q[d];
+            }
+            for (int r = 0; r < m && link == ORACLE_FAR; r++) {
+                gq[i * m + r] += dl * share[r];
+                gk[j * m + r] += dl * share[r];
+            }
+        }
+    }
+    for (int64_t i = 0; i < h->q_tokens && m; i++)
+        oracle_features_back(h, oracle_row(h->q, h->q_stride, dim, i), 1, gq + i * m, loss->dq + i * dim);
+    for (int64_t j = 0; j < h->kv_tokens && m; j++)
+        oracle_features_back(h, oracle_row(h->k, h->k_stride, dim, j), 0, gk + j * m, loss->dk + j * dim);
+    free(lq);
+    free(lk);
+    free(share);
+    free(gq);
+    free(gk);
+    free(out);
+    free(lse);
 }
 
 /* ---- calibration ----------------------------------------------------------------------------------------------- */

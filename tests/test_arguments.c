@@ -1,44 +1,70 @@
 /* Bad input: every fault has its status, and on any status but NF_OK nothing at all has been written. */
 #include "check.h"
-#include "call.h"
+#include "patterns.h"
 
 #include <limits.h>
 
-/* A valid call to be spoilt: 2 batch entries, 4 heads on 2 kv heads, 10 tokens. */
+/* A valid call to be spoilt: 2 batch entries, 4 heads on 2 kv heads, 10 tokens. Or its backward. */
 typedef struct victim {
     call c;
     nf_args a;
+    nf_grads g;
     int no_args; /* call with NULL */
+    int no_grads;
     void *workspace;
     size_t bytes;
     block other, spare; /* a projection, a state for a call to break */
+    block lists;        /* of a pattern, as struct lists */
+    block dout, dq, dk, dv;
     int32_t cu[4];
-    unsigned char *copy[10]; /* of every block before the call */
+    unsigned char *copy[16]; /* of every block before the call */
 } victim;
+
+/* Valid lists for the victim's pattern to take up: one query block and a spare, the key block 0 for the first. */
+typedef struct lists {
+    int32_t dilation[4], globals[3], offsets[3], offsets_of_heads[12], keys[4];
+    float gain[4];
+} lists;
+
+static const lists valid_lists = {{1, 1, 1, 1}, {2, 5, 9},    {0, 1, 1}, {0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4},
+                                  {0, 0, 0, 0}, {0, 1, -1, 0}};
 
 static block *victim_block(victim *v, int i)
 {
-    block *const all[] = {&v->c.q,         &v->c.key,        &v->c.v,     &v->c.out, &v->c.lse,
-                          &v->c.workspace, &v->c.projection, &v->c.state, &v->other, &v->spare};
-    return i < 10 ? all[i] : NULL;
+    block *const all[] = {&v->c.q,         &v->c.key,        &v->c.v,     &v->c.out,     &v->c.lse, &v->dq,
+                          &v->c.workspace, &v->c.projection, &v->c.state, &v->c.pattern, &v->other, &v->dk,
+                          &v->spare,       &v->lists,        &v->dout,    &v->dv};
+    return i < 16 ? all[i] : NULL;
 }
 
 static victim victim_make(const kernel *k)
 {
     const shape s = {.batch = 2, .heads = 4, .kv_heads = 2, .q_tokens = 10, .norm = 2, .seed = 1};
     victim v;
+    nf_input t;
     memset(&v, 0, sizeof v);
     v.c = call_make(k, s);
     if (k->features) {
-        call_state(&v.c);
         v.other = block_make(2 * v.c.projection.bytes, 0);
-        v.spare = block_make(2 * v.c.state.bytes, 0);
         memcpy(v.other.data, v.c.projection.data, v.c.projection.bytes);
         memcpy(v.other.data + v.c.projection.bytes, v.c.projection.data, v.c.projection.bytes);
+    }
+    if (stateful(k)) {
+        call_state(&v.c);
+        v.spare = block_make(2 * v.c.state.bytes, 0);
         memcpy(v.spare.data, v.c.state.data, v.c.state.bytes);
     }
+    v.lists = block_make(sizeof(lists), 0);
+    memcpy(v.lists.data, &valid_lists, sizeof(lists));
     call_blank(&v.c);
     v.a = v.c.a;
+    v.g.out = out_tensor(&v.a);
+    v.dout = tensor_make(&v.g.dout, 2, 10, 4, k->dim, 0);
+    memset(v.dout.data, 0, v.dout.bytes);
+    v.dq = tensor_make(&t, 2, 10, 4, k->dim, 0), v.g.dq.data = v.dq.data;
+    v.dk = tensor_make(&t, 2, 10, 2, k->dim, 0), v.g.dk.data = v.dk.data;
+    v.dv = tensor_make(&t, 2, 10, 2, k->dim, 0), v.g.dv.data = v.dv.data;
+    v.g.lse = v.a.lse;
     v.workspace = v.c.workspace.data;
     v.bytes = v.c.bytes;
     return v;
@@ -46,16 +72,16 @@ static victim victim_make(const kernel *k)
 
 static void victim_free(victim *v)
 {
-    for (int i = 0; i < 10; i++)
+    for (int i = 0; i < 16; i++)
         free(v->copy[i]);
-    block_free(&v->other);
-    block_free(&v->spare);
+    for (int i = 0; i < 16; i++)
+        block_free(victim_block(v, i));
     call_free(&v->c);
 }
 
 static void victim_remember(victim *v)
 {
-    for (int i = 0; i < 10; i++) {
+    for (int i = 0; i < 16; i++) {
         const block *b = victim_block(v, i);
         v->copy[i] = (unsigned char *)malloc(b->bytes + 1);
         if (b->bytes)
@@ -65,7 +91,7 @@ static void victim_remember(victim *v)
 
 static int victim_untouched(victim *v)
 {
-    for (int i = 0; i < 10; i++) {
+    for (int i = 0; i < 16; i++) {
         const block *b = victim_block(v, i);
         if (!block_intact(b) || (b->bytes && memcmp(v->copy[i], b->data, b->bytes) != 0))
             return 0;
@@ -174,21 +200,18 @@ static const char *packed_fault(int which, victim *v, nf_status *expected)
     FAULT(NF_E_PACKED, v->cu[1] = -4)
     FAULT(NF_E_PACKED, v->cu[3] = 9)
     FAULT(NF_E_PACKED, v->cu[3] = 11)
+    FAULT(NF_E_ALIGN, a->cu_tokens = (const int32_t *)(const void *)((const char *)v->cu + 2))
     FAULT(NF_E_SPLIT, a->split_count = 7)
     FAULT(NF_E_OVERLAP, a->lse = (float *)(void *)v->cu)
     return NULL;
 }
 
-/* Projections and states. */
-static const char *feature_fault(int which, victim *v, nf_status *expected)
+static const char *projection_fault(int which, victim *v, nf_status *expected)
 {
     nf_args *a = &v->a;
     nf_projection_head *p = (nf_projection_head *)(void *)v->other.data;
-    nf_state_head *s = (nf_state_head *)(void *)v->spare.data;
-    nf_state_unit *unit = (nf_state_unit *)(void *)(s + 1);
     const size_t one = v->c.projection.bytes;
     a->projection = p;
-    a->state = s;
     FAULT(NF_OK, (void)0)
     FAULT(NF_OK, a->projection_stride = one)
     FAULT(NF_E_NULL, a->projection = NULL)
@@ -203,6 +226,22 @@ static const char *feature_fault(int which, victim *v, nf_status *expected)
     FAULT(NF_E_PROJECTION, memset(p, 0, one))
     FAULT(NF_E_PROJECTION, memset(p, 0xff, one))
     FAULT(NF_E_PROJECTION, (a->projection_stride = one, memset(v->other.data + one, 0, one)))
+    FAULT(NF_E_OVERLAP, v->workspace = (unsigned char *)p + one - NF_ALIGN)
+    FAULT(NF_E_OVERLAP,
+          (a->lse = (float *)(void *)((unsigned char *)p + one - 4), v->g.dq.data = (unsigned char *)p + one - 4))
+    if (a->state) { /* a state knows its projection */
+        FAULT(NF_E_STATE, v->c.k->projection_init(p, 99, NULL))
+    }
+    return NULL;
+}
+
+static const char *state_fault(int which, victim *v, nf_status *expected)
+{
+    nf_args *a = &v->a;
+    nf_state_head *s = (nf_state_head *)(void *)v->spare.data;
+    nf_state_unit *unit = (nf_state_unit *)(void *)(s + 1);
+    a->state = s;
+    FAULT(NF_OK, (void)0)
     FAULT(NF_E_ALIGN, SHIFT(a->state, 4))
     FAULT(NF_E_STATE, memset(s, 0, v->c.state.bytes))
     FAULT(NF_E_STATE, memset(s, 0xff, v->c.state.bytes))
@@ -210,21 +249,174 @@ static const char *feature_fault(int which, victim *v, nf_status *expected)
     FAULT(NF_E_STATE, s->abi++)
     FAULT(NF_E_STATE, s->contract++)
     FAULT(NF_E_STATE, s->units--)
+    FAULT(NF_E_STATE, s->unit_bytes += NF_ALIGN)
     FAULT(NF_E_STATE, unit->hash++)
     FAULT(NF_E_STATE, unit->tokens = -1)
-    FAULT(NF_E_STATE, a->scale = 0.5f)
     FAULT(NF_E_STATE, (a->batch = 1))
-    FAULT(NF_E_STATE, v->c.k->projection_init(p, 99, NULL))
-    FAULT(NF_E_OVERLAP, a->out.data = v->c.state.data; a->state = v->c.state.data)
+    FAULT(NF_E_OVERLAP, (a->out.data = v->c.state.data, a->state = v->c.state.data))
     FAULT(NF_E_OVERLAP, a->q.data = v->spare.data + v->c.state.bytes - 4)
-    FAULT(NF_E_OVERLAP, v->workspace = (unsigned char *)p + one - NF_ALIGN)
-    FAULT(NF_E_OVERLAP, a->lse = (float *)(void *)((unsigned char *)p + one - 4))
+    if (v->c.k->features) {
+        FAULT(NF_E_STATE, a->scale = 0.5f)
+    }
+    return NULL;
+}
+
+static lists *lists_of(victim *v)
+{
+    return (lists *)(void *)v->lists.data;
+}
+
+/* The victim's pattern, to be changed: it takes up the parts asked for. */
+static nf_pattern *patterned(victim *v, int parts)
+{
+    nf_pattern *p = (nf_pattern *)(void *)v->c.pattern.data;
+    lists *l = lists_of(v);
+    if (parts & DILATION)
+        p->dilation = l->dilation;
+    if (parts & LISTED)
+        p->global_tokens = l->globals, p->global_count = 3;
+    if (parts & BLOCKS) {
+        p->block = v->c.k->block, p->block_heads = 1, p->block_rows = 2, p->block_count = 1;
+        p->block_offsets = l->offsets, p->block_keys = l->keys;
+    }
+    if (parts & HEAD_LISTS)
+        p->block_heads = 4, p->block_count = 4, p->block_offsets = l->offsets_of_heads;
+    if (parts & GAIN)
+        p->far_gain = l->gain;
+    return p;
+}
+
+/* What both operators over patterns refuse. */
+static const char *pattern_fault(int which, victim *v, nf_status *expected)
+{
+    nf_args *a = &v->a;
+    nf_pattern *p = patterned(v, LISTED | DILATION | GAIN);
+    lists *l = lists_of(v);
+    const int64_t most = (int64_t)1 << 40;
+    FAULT(NF_OK, (void)0)
+    FAULT(NF_OK, p->window = p->globals = most)
+    FAULT(NF_E_NULL, a->pattern = NULL)
+    FAULT(NF_E_NULL, p->global_tokens = NULL)
+    FAULT(NF_E_WINDOW, p->window = -1)
+    FAULT(NF_E_WINDOW, p->window = INT64_MIN)
+    FAULT(NF_E_WINDOW, p->window = most + 1)
+    FAULT(NF_E_WINDOW, p->window = INT64_MAX)
+    FAULT(NF_E_WINDOW, l->dilation[0] = 0)
+    FAULT(NF_E_WINDOW, l->dilation[3] = -1)
+    FAULT(NF_E_WINDOW, l->dilation[2] = (1 << 20) + 1)
+    FAULT(NF_E_WINDOW, l->dilation[2] = INT32_MIN)
+    FAULT(NF_E_GLOBALS, p->globals = -1)
+    FAULT(NF_E_GLOBALS, p->globals = INT64_MIN)
+    FAULT(NF_E_GLOBALS, p->globals = INT64_MAX)
+    FAULT(NF_E_GLOBALS, p->global_count = -1)
+    FAULT(NF_E_GLOBALS, p->global_count = INT64_MIN)
+    FAULT(NF_E_GLOBALS, l->globals[1] = 2)
+    FAULT(NF_E_GLOBALS, l->globals[1] = 1)
+    FAULT(NF_E_GLOBALS, l->globals[0] = -1)
+    FAULT(NF_E_GLOBALS, l->globals[2] = 10)
+    FAULT(NF_E_GLOBALS, l->globals[2] = INT32_MAX)
+    FAULT(NF_E_GLOBALS, (a->q_tokens = 9, a->kv_tokens = 9))
+    FAULT(NF_E_ALIGN, SHIFT(p->dilation, 2))
+    FAULT(NF_E_ALIGN, SHIFT(p->global_tokens, 1))
+    FAULT(NF_E_ALIGN, SHIFT(p->far_gain, 2))
+    FAULT(NF_E_VALUE, l->gain[3] = NAN)
+    FAULT(NF_E_VALUE, l->gain[0] = -INFINITY)
+    FAULT(NF_E_VALUE, p->flags = 2)
+    FAULT(NF_E_PATTERN, (a->state = v->c.state.data))
+    FAULT(NF_E_OVERFLOW, (a->heads = a->kv_heads = (int64_t)1 << 46))
+    FAULT(NF_E_OVERLAP, v->workspace = v->c.pattern.data)
+    FAULT(NF_E_OVERLAP, (a->out.data = l->dilation + 3, v->g.dq.data = l->dilation + 3))
+    FAULT(NF_E_OVERLAP, (a->lse = (float *)(void *)(l->globals + 2), v->g.dk.data = l->globals + 2))
+    FAULT(NF_E_OVERLAP, (a->lse = l->gain + 3, v->g.dv.data = l->gain + 3))
+    if (v->c.k->features) {
+        FAULT(NF_OK, memset(p, 0, sizeof *p))
+        FAULT(NF_OK, p->flags = NF_FAR_EXACT)
+        FAULT(NF_E_PATTERN, l->dilation[1] = 2)
+        FAULT(NF_E_PATTERN, patterned(v, BLOCKS))
+        FAULT(NF_E_MASK, a->mask = NF_FULL)
+    } else {
+        FAULT(NF_OK, (a->mask = NF_FULL))
+        FAULT(NF_E_TOKENS, (a->mask = NF_FULL, a->q_tokens = 9, a->kv_tokens = 10))
+        FAULT(NF_E_PATTERN, memset(p, 0, sizeof *p))
+        FAULT(NF_E_VALUE, p->flags = NF_FAR_EXACT)
+    }
+    return NULL;
+}
+
+/* Lists of blocks, of sparse alone. */
+static const char *blocks_fault(int which, victim *v, nf_status *expected)
+{
+    nf_args *a = &v->a;
+    nf_pattern *p = patterned(v, which % 2 ? BLOCKS : BLOCKS | HEAD_LISTS);
+    lists *l = lists_of(v);
+    const int32_t *offsets = p->block_offsets;
+    int32_t *first = which % 2 ? l->offsets : l->offsets_of_heads;
+    which /= 2;
+    FAULT(NF_OK, (void)0)
+    FAULT(NF_OK, (p->window = 0, p->globals = 0))
+    FAULT(NF_E_NULL, p->block_keys = NULL)
+    FAULT(NF_E_BLOCKS, p->block_offsets = NULL)
+    FAULT(NF_E_BLOCKS, p->block *= 2)
+    FAULT(NF_E_BLOCKS, p->block = 0)
+    FAULT(NF_E_BLOCKS, p->block = -16)
+    FAULT(NF_E_BLOCKS, p->block_heads = 0)
+    FAULT(NF_E_BLOCKS, p->block_heads = 2)
+    FAULT(NF_E_BLOCKS, p->block_heads = -1)
+    FAULT(NF_E_BLOCKS, p->block_heads = INT64_MAX)
+    FAULT(NF_E_BLOCKS, p->block_rows = 0)
+    FAULT(NF_E_BLOCKS, p->block_rows = -1)
+    FAULT(NF_E_BLOCKS, p->block_rows = INT64_MAX)
+    FAULT(NF_E_BLOCKS, p->block_rows = (int64_t)1 << 45)
+    FAULT(NF_E_BLOCKS, p->block_count = -1)
+    FAULT(NF_E_BLOCKS, p->block_count++)
+    FAULT(NF_E_BLOCKS, p->block_count--)
+    FAULT(NF_E_BLOCKS, p->block_count = INT64_MAX)
+    FAULT(NF_E_BLOCKS, first[0] = 1)
+    FAULT(NF_E_BLOCKS, first[0] = -1)
+    FAULT(NF_E_BLOCKS, first[1] = 2)
+    FAULT(NF_E_BLOCKS, first[1] = -1)
+    FAULT(NF_E_BLOCKS, first[1] = INT32_MAX)
+    FAULT(NF_E_BLOCKS, first[p->block_heads * 3 - 1] = 0)
+    FAULT(NF_E_BLOCKS, first[p->block_heads * 3 - 1] = 5)
+    FAULT(NF_E_BLOCKS, l->keys[0] = 1)
+    FAULT(NF_E_BLOCKS, l->keys[0] = -1)
+    FAULT(NF_E_BLOCKS, l->keys[p->block_count - 1] = INT32_MAX)
+    FAULT(NF_E_ALIGN, SHIFT(p->block_offsets, 2))
+    FAULT(NF_E_ALIGN, SHIFT(p->block_keys, 3))
+    FAULT(NF_E_PATTERN, (a->state = v->c.state.data))
+    FAULT(NF_E_OVERLAP, v->workspace = v->c.pattern.data)
+    FAULT(NF_E_OVERLAP, (a->lse = (float *)(uintptr_t)offsets, v->g.dk.data = (void *)(uintptr_t)offsets))
+    FAULT(NF_E_OVERLAP, (a->out.data = l->keys, v->g.dq.data = l->keys))
+    return NULL;
+}
+
+/* A state holds the near field of its pattern. */
+static const char *pattern_state_fault(int which, victim *v, nf_status *expected)
+{
+    nf_pattern *p = patterned(v, DILATION);
+    lists *l = lists_of(v);
+    FAULT(NF_OK, (void)0)
+    FAULT(NF_E_STATE, p->window += v->c.k->block)
+    FAULT(NF_E_STATE, p->globals++)
+    FAULT(NF_E_STATE, p->globals = 0)
+    FAULT(NF_E_OVERLAP, (v->a.state = v->c.state.data, v->a.out.data = v->c.state.data + v->c.state.bytes - 4))
+    if (v->c.k->features) {
+        FAULT(NF_OK, p->window++)
+        FAULT(NF_OK, patterned(v, GAIN))
+        FAULT(NF_E_STATE, p->flags = NF_FAR_EXACT)
+    } else {
+        FAULT(NF_E_STATE, p->window++)
+        FAULT(NF_E_STATE, l->dilation[1] = 2)
+        FAULT(NF_E_MASK, v->a.mask = NF_FULL)
+    }
     return NULL;
 }
 
 typedef const char *(*fault_fn)(int which, victim *v, nf_status *expected);
 
-static void provoke(const kernel *k, attend_fn attend, const char *name, fault_fn fault, int with_state)
+/* Fault after fault, in a forward or decode; in the backward if there is one to call. */
+static void provoke(const kernel *k, attend_fn attend, backward_fn back, const char *name, fault_fn fault,
+                    int with_state)
 {
     for (int i = 0;; i++) {
         victim v = victim_make(k);
@@ -234,8 +426,9 @@ static void provoke(const kernel *k, attend_fn attend, const char *name, fault_f
             v.a.state = NULL;
         what = fault(i, &v, &expected);
         if (what) {
+            const nf_args *a = v.no_args ? NULL : &v.a;
             victim_remember(&v);
-            got = attend(v.no_args ? NULL : &v.a, v.workspace, v.bytes);
+            got = back ? back(a, v.no_grads ? NULL : &v.g, v.workspace, v.bytes) : attend(a, v.workspace, v.bytes);
             CHECK(got == expected, "%s: %s: got '%s', expected '%s'", name, what, nf_status_text(got),
                   nf_status_text(expected));
             CHECK(got == NF_OK || victim_untouched(&v), "%s: %s: wrote something", name, what);
@@ -250,12 +443,14 @@ TEST_EACH(forward_faults)
 {
     EACH_WAY(k, w)
     {
-        provoke(k, w.forward, w.name, shape_fault, 0);
-        provoke(k, w.forward, w.name, packed_fault, 0);
-        if (k->features) {
-            provoke(k, w.forward, w.name, shape_fault, 1);
-            provoke(k, w.forward, w.name, feature_fault, 1);
+        provoke(k, w.forward, NULL, w.name, shape_fault, 0);
+        provoke(k, w.forward, NULL, w.name, packed_fault, 0);
+        if (stateful(k)) {
+            provoke(k, w.forward, NULL, w.name, shape_fault, 1);
+            provoke(k, w.forward, NULL, w.name, state_fault, 1);
         }
+        if (k->features)
+            provoke(k, w.forward, NULL, w.name, projection_fault, 1);
     }
 }
 
@@ -263,9 +458,11 @@ static const char *decode_fault(int which, victim *v, nf_status *expected)
 {
     nf_args *a = &v->a;
     FAULT(NF_OK, (void)0)
-    FAULT(NF_E_NULL, a->state = NULL)
     FAULT(NF_E_TOKENS, a->kv_tokens = 11)
     FAULT(NF_E_MASK, a->mask = NF_FULL)
+    if (v->c.k->features) {
+        FAULT(NF_E_NULL, a->state = NULL)
+    }
     return NULL;
 }
 
@@ -273,16 +470,133 @@ TEST_EACH(decode_faults)
 {
     EACH_WAY(k, w)
     {
-        provoke(k, w.decode, w.name, shape_fault, k->features > 0);
-        if (k->features) {
-            provoke(k, w.decode, w.name, feature_fault, 1);
-            provoke(k, w.decode, w.name, decode_fault, 1);
+        provoke(k, w.decode, NULL, w.name, shape_fault, stateful(k));
+        if (stateful(k)) {
+            provoke(k, w.decode, NULL, w.name, state_fault, 1);
+            provoke(k, w.decode, NULL, w.name, decode_fault, 1);
+        }
+        if (k->features)
+            provoke(k, w.decode, NULL, w.name, projection_fault, 1);
+    }
+}
+
+TEST_LIST(pattern_faults, WITH_PATTERN)
+{
+    EACH_WAY(k, w)
+    {
+        provoke(k, w.forward, NULL, w.name, pattern_fault, 0);
+        provoke(k, w.forward, NULL, w.name, pattern_state_fault, 1);
+        provoke(k, w.decode, NULL, w.name, pattern_state_fault, 1);
+        if (!k->features) {
+            provoke(k, w.forward, NULL, w.name, blocks_fault, 0);
+            provoke(k, w.decode, NULL, w.name, blocks_fault, 0);
+        }
+        if (w.backward)
+            provoke(k, NULL, w.backward, w.name, pattern_fault, 0);
+        if (w.backward && !k->features)
+            provoke(k, NULL, w.backward, w.name, blocks_fault, 0);
+    }
+}
+
+/* Within a row of a list, key blocks rise: needs more of them than the victim has. */
+TEST_LIST(block_rows, SPARSES)
+{
+    static const int32_t rows[][3] = {{0, 1, 2}, {0, 0, 2}, {0, 2, 1}, {1, 0, 2}, {0, 1, 3}, {-1, 1, 2}, {2, 2, 2}};
+    int32_t offsets[] = {0, 0, 0, 3}, keys[3];
+    nf_pattern p = {.block = k->block,
+                    .block_heads = 1,
+                    .block_rows = 3,
+                    .block_count = 3,
+                    .block_offsets = offsets,
+                    .block_keys = keys};
+    const shape s = {.q_tokens = 2 * k->block + 1, .norm = 2, .pattern = &p};
+    call c = call_make(k, s);
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        memcpy(keys, rows[i], sizeof keys);
+        CHECK(call_run(&c, k->forward) == (i ? NF_E_BLOCKS : NF_OK), "row %d", (int)i);
+        CHECK(!i || blank(c.out.data, c.out.bytes), "row %d: wrote something", (int)i);
+    }
+    call_free(&c);
+    memcpy(keys, rows[0], sizeof keys);
+    p.block_rows = 2;
+    c = call_make(k, s);
+    CHECK(call_run(&c, k->forward) == NF_E_BLOCKS, "a query block without a row");
+    call_free(&c);
+}
+
+static const char *backward_fault(int which, victim *v, nf_status *expected)
+{
+    nf_args *a = &v->a;
+    nf_grads *g = &v->g;
+    const int dim = v->c.k->dim;
+    FAULT(NF_OK, (void)0)
+    FAULT(NF_OK, (a->out.data = NULL, a->lse = NULL))
+    FAULT(NF_OK, (a->out.data = v->c.q.data, a->out.token_stride = -7)) /* not looked at */
+    FAULT(NF_E_NULL, v->no_args = 1)
+    FAULT(NF_E_NULL, v->no_grads = 1)
+    FAULT(NF_E_NULL, g->out.data = NULL)
+    FAULT(NF_E_NULL, g->dout.data = NULL)
+    FAULT(NF_E_NULL, g->lse = NULL)
+    FAULT(NF_E_NULL, g->dq.data = NULL)
+    FAULT(NF_E_NULL, g->dk.data = NULL)
+    FAULT(NF_E_NULL, g->dv.data = NULL)
+    FAULT(NF_E_NULL, v->workspace = NULL)
+    FAULT(NF_E_ALIGN, SHIFT(g->out.data, 2))
+    FAULT(NF_E_ALIGN, SHIFT(g->dout.data, 1))
+    FAULT(NF_E_ALIGN, g->lse = (const float *)(const void *)((const char *)g->lse + 2))
+    FAULT(NF_E_ALIGN, g->dlse = (const float *)(const void *)((const char *)g->lse + 1))
+    FAULT(NF_E_ALIGN, SHIFT(g->dk.data, 3))
+    FAULT(NF_E_ALIGN, SHIFT(v->workspace, 4))
+    FAULT(NF_E_STRIDE, g->out.token_stride = -1)
+    FAULT(NF_E_STRIDE, g->dout.head_stride = dim - 1)
+    FAULT(NF_E_STRIDE, g->dq.token_stride = dim)
+    FAULT(NF_E_STRIDE, g->dk.head_stride = 1)
+    FAULT(NF_E_STRIDE, g->dv.batch_stride = 2 * dim)
+    FAULT(NF_E_OVERFLOW, g->dout.batch_stride = INT64_MAX)
+    FAULT(NF_E_OVERFLOW, g->dv.token_stride = INT64_MAX / 2)
+    FAULT(NF_E_WORKSPACE, v->bytes--)
+    FAULT(NF_E_OVERLAP, g->dk.data = g->dq.data)
+    FAULT(NF_E_OVERLAP, g->dv.data = (char *)g->dk.data + v->dk.bytes - 4)
+    FAULT(NF_E_OVERLAP, g->dq.data = v->c.q.data)
+    FAULT(NF_E_OVERLAP, g->dk.data = v->c.key.data)
+    FAULT(NF_E_OVERLAP, g->dv.data = v->c.v.data)
+    FAULT(NF_E_OVERLAP, g->dq.data = v->c.out.data)
+    FAULT(NF_E_OVERLAP, g->dv.data = v->dout.data)
+    FAULT(NF_E_OVERLAP, g->dk.data = v->c.lse.data + v->c.lse.bytes - 4)
+    FAULT(NF_E_OVERLAP, g->dlse = (const float *)g->dv.data)
+    FAULT(NF_E_OVERLAP, g->dv.data = v->c.workspace.data)
+    FAULT(NF_E_OVERLAP, v->workspace = v->dout.data)
+    FAULT(NF_E_OVERLAP, v->workspace = v->c.key.data)
+    if (stateful(v->c.k)) {
+        FAULT(NF_E_STATE, a->state = v->c.state.data)
+    }
+    return NULL;
+}
+
+/* The shape's faults that do not concern the forward's output. */
+static const char *backward_shape_fault(int which, victim *v, nf_status *expected)
+{
+    const char *what = shape_fault(which, v, expected);
+    if (what && (strstr(what, "out") || strstr(what, "lse")))
+        *expected = NF_OK, v->a = v->c.a, v->a.state = NULL;
+    return what;
+}
+
+TEST_EACH(backward_faults)
+{
+    EACH_WAY(k, w)
+    {
+        if (w.backward) {
+            provoke(k, NULL, w.backward, w.name, backward_fault, 0);
+            provoke(k, NULL, w.backward, w.name, backward_shape_fault, 0);
+            if (k->features)
+                provoke(k, NULL, w.backward, w.name, projection_fault, 0);
         }
     }
 }
 
 /* exact carries no state and needs no projection. */
-TEST_EXACT(no_state)
+TEST_LIST(no_state, EXACTS)
 {
     victim v = victim_make(k);
     block state = block_make(4096, 0);
@@ -327,19 +641,30 @@ static const char *reset_fault(int which, victim *v, nf_status *expected)
     FAULT(NF_OK, (void)0)
     FAULT(NF_E_NULL, v->no_args = 1)
     FAULT(NF_E_NULL, a->state = NULL)
-    FAULT(NF_E_NULL, a->projection = NULL)
     FAULT(NF_E_SIZE, a->batch = 0)
     FAULT(NF_E_HEADS, a->kv_heads = 3)
     FAULT(NF_E_SCALE, a->scale = NAN)
     FAULT(NF_E_OVERFLOW, a->batch = INT64_MAX)
-    FAULT(NF_E_PROJECTION, p->magic = 0)
-    FAULT(NF_E_ALIGN, SHIFT(a->projection, 4))
     FAULT(NF_E_ALIGN, SHIFT(a->state, 4))
-    FAULT(NF_E_OVERLAP, a->state = (unsigned char *)p + v->c.projection.bytes - NF_ALIGN)
+    if (v->c.k->features) {
+        FAULT(NF_E_NULL, a->projection = NULL)
+        FAULT(NF_E_PROJECTION, p->magic = 0)
+        FAULT(NF_E_ALIGN, SHIFT(a->projection, 4))
+        FAULT(NF_E_OVERLAP, a->state = (unsigned char *)p + v->c.projection.bytes - NF_ALIGN)
+    }
+    if (v->c.k->block) {
+        nf_pattern *pattern = patterned(v, DILATION | GAIN);
+        FAULT(NF_E_NULL, a->pattern = NULL)
+        FAULT(NF_E_WINDOW, pattern->window = -1)
+        FAULT(NF_E_PATTERN, patterned(v, LISTED))
+        FAULT(NF_E_OVERFLOW, pattern->window = pattern->globals = (int64_t)1 << 40)
+        FAULT(NF_E_OVERLAP, a->state = v->c.pattern.data)
+        FAULT(NF_E_OVERLAP, a->state = v->lists.data) /* the dilations; far longer than the lists: */
+    }
     return NULL;
 }
 
-TEST_FAVOR(reset_faults)
+TEST_LIST(reset_faults, WITH_STATE)
 {
     for (int i = 0;; i++) {
         victim v = victim_make(k);
@@ -380,6 +705,8 @@ static const char *merge_fault(int which, victim *v, merging *m, nf_status *expe
     FAULT(NF_E_STATE, b->units--)
     FAULT(NF_E_STATE, a->units = -1)
     FAULT(NF_E_STATE, (a->units = INT64_MAX, b->units = INT64_MAX))
+    FAULT(NF_E_STATE, (a->unit_bytes = NF_ALIGN, b->unit_bytes = NF_ALIGN))
+    FAULT(NF_E_STATE, (a->globals--, b->globals--))
     FAULT(NF_E_STATE, ((nf_state_unit *)(void *)(b + 1))->hash++)
     FAULT(NF_E_STATE, memset(m->a, 0, v->c.state.bytes))
     FAULT(NF_E_OVERLAP, m->dst = (unsigned char *)m->a + NF_ALIGN)
@@ -387,11 +714,12 @@ static const char *merge_fault(int which, victim *v, merging *m, nf_status *expe
     return NULL;
 }
 
-TEST_FAVOR(merge_faults)
+#define MERGING(X, y) FAVORS(X, y) SPARSES(X, y)
+TEST_LIST(merge_faults, MERGING)
 {
     for (int i = 0;; i++) {
         victim v = victim_make(k);
-        merging m = {v.other.data, v.c.state.data, v.spare.data + v.c.state.bytes / 2 / NF_ALIGN * NF_ALIGN};
+        merging m = {NULL, v.c.state.data, v.spare.data + v.c.state.bytes / 2 / NF_ALIGN * NF_ALIGN};
         block dst = block_make(v.c.state.bytes, 0);
         nf_status expected = NF_OK, got;
         const char *what;
@@ -415,7 +743,7 @@ TEST_FAVOR(merge_faults)
 /* ---- projections ---------------------------------------------------------------------------------------------------
  */
 
-TEST_FAVOR(projection_faults)
+TEST_LIST(projection_faults, WITH_FEATURES)
 {
     const size_t n = (size_t)(k->rows * k->dim);
     block p = block_make(k->projection_bytes() + NF_ALIGN, 0), w = block_make(n * sizeof(float), 0);
@@ -431,6 +759,12 @@ TEST_FAVOR(projection_faults)
     CHECK(k->projection_from(p.data, (float *)(void *)(w.data + 1), 0) == NF_E_ALIGN, "from a misaligned matrix");
     CHECK(k->projection_from(p.data, matrix, 2) == NF_E_VALUE, "from with an unknown flag");
     CHECK(k->projection_from(p.data, (float *)(void *)(p.data + 64), 0) == NF_E_OVERLAP, "from itself");
+    for (int i = 0; i < k->dim; i++) /* a row longer than features can be held: the sum of |w| exceeds 32000 */
+        matrix[n - 1 - (size_t)i] = (i % 2 ? 32001.0f : -32001.0f) / (float)k->dim;
+    CHECK(k->projection_from(p.data, matrix, 0) == NF_E_VALUE, "from a matrix too large");
+    CHECK(k->projection_from(p.data, matrix, NF_KEEP_F32) == NF_E_VALUE, "from a matrix too large");
+    for (size_t i = 0; i < n; i++)
+        matrix[i] = 1;
     for (size_t at = 0; at < n; at += n - 1) {
         const float bad[] = {NAN, INFINITY, -INFINITY};
         for (int i = 0; i < 3; i++) {
@@ -473,7 +807,7 @@ static const char *calibration_fault(int which, nf_calibration *s, float *data, 
     return NULL;
 }
 
-TEST_FAVOR(calibration_faults)
+TEST_LIST(calibration_faults, WITH_FEATURES)
 {
     for (int i = 0;; i++) {
         block p = block_make(k->projection_bytes(), 0), data = block_make((size_t)k->dim * 40, 0);
@@ -494,6 +828,27 @@ TEST_FAVOR(calibration_faults)
         if (!what)
             break;
     }
+}
+
+/* A sample may not lie where the projection goes. */
+TEST_LIST(calibration_overlap, WITH_FEATURES)
+{
+    const size_t bytes = k->projection_bytes(), row = (size_t)k->dim * sizeof(float);
+    block all = block_make(bytes + 2 * row, 0), same = block_make(bytes + 2 * row, 0);
+    float *const first = (float *)(void *)all.data, *const last = (float *)(void *)(all.data + bytes - sizeof(float));
+    nf_calibration s = {first, first, 2, 2, 0, 0, 0, 0};
+    float *const behind = (float *)(void *)(all.data + bytes);
+    memset(all.data, 0, all.bytes);
+    memset(same.data, 0, same.bytes);
+    for (int i = 0; i < 3; i++) {
+        s.q = i == 0 ? first : i == 1 ? last - 2 * k->dim + 1 : behind;
+        s.k = i == 2 ? last : behind;
+        CHECK(k->projection_init(all.data, 1, &s) == NF_E_OVERLAP, "case %d", i);
+        CHECK(memcmp(all.data, same.data, all.bytes) == 0, "a refused call wrote a projection");
+    }
+    s.q = s.k = behind;
+    CHECK(k->projection_init(all.data, 1, &s) == NF_OK, "a sample right behind the projection");
+    block_free(&all), block_free(&same);
 }
 
 /* ---- texts and variants --------------------------------------------------------------------------------------------
@@ -545,11 +900,11 @@ TEST_EACH(entry)
     while (!v->supported())
         v++;
     for (int decode = 0; decode < 2; decode++) {
-        if (decode && k->features)
+        if (decode && stateful(k))
             call_state(&c);
         CHECK(call_run(&c, decode ? v->decode : v->forward) == NF_OK, "%s", v->name);
         memcpy(first.data, c.out.data, first.bytes);
-        if (decode && k->features)
+        if (decode && stateful(k))
             call_state(&c);
         CHECK(call_run(&c, decode ? k->decode : k->forward) == NF_OK, "entry");
         CHECK(memcmp(first.data, c.out.data, first.bytes) == 0, "the entry point does not run %s", v->name);

@@ -78,11 +78,13 @@ TEST_EACH(causal)
     oracle_random random = {42};
     EACH_WAY(k, w)
     {
-        const int64_t chunk = w.chunk > 1 ? w.chunk : 8;
-        const int64_t edges[] = {1, chunk - 1, chunk, chunk + 1, 2 * chunk - 1, 2 * chunk, 3 * chunk + 1};
+        const int64_t chunk = w.chunk > 1 ? w.chunk : 8, b = k->block ? k->block : 1;
+        const int64_t edges[] = {1,         chunk - 1,     chunk, chunk + 1, 2 * chunk - 1,
+                                 2 * chunk, 3 * chunk + 1, b,     2 * b - 1, 3 * b + 1};
         for (size_t e = 0; e < sizeof edges / sizeof *edges + 3; e++)
             for (int how = QUICK ? (int)e % 3 : 0; how < ATTACKS; how += QUICK ? 3 : 1) {
-                const shape s = {.q_tokens = 4 * chunk, .norm = e % 2 ? 3 : 20, .seed = e, .kind = ORACLE_MIXED};
+                const shape s = {
+                    .q_tokens = 4 * (chunk > b ? chunk : b), .norm = e % 2 ? 3 : 20, .seed = e, .kind = ORACLE_MIXED};
                 const int64_t t = e < sizeof edges / sizeof *edges
                                       ? edges[e]
                                       : 1 + (int64_t)(oracle_next(&random) % (uint64_t)(s.q_tokens - 1));
@@ -107,8 +109,9 @@ TEST_EACH(prefix)
 {
     EACH_WAY(k, w)
     {
-        const int64_t lengths[] = {1, 2, w.chunk - 1, w.chunk, w.chunk + 1, 2 * w.chunk + 3, 3 * w.chunk};
-        const shape s = {.q_tokens = 3 * w.chunk + 5, .norm = 30, .kind = ORACLE_MIXED, .seed = 8};
+        const int64_t lengths[] = {
+            1, 2, w.chunk - 1, w.chunk, w.chunk + 1, 2 * w.chunk + 3, 3 * w.chunk, 3 * k->block + 1};
+        const shape s = {.q_tokens = 3 * (w.chunk + k->block) + 5, .norm = 30, .kind = ORACLE_MIXED, .seed = 8};
         call c = call_make(k, s);
         result whole;
         CHECK(call_run(&c, w.forward) == NF_OK, "%s", w.name);
@@ -133,7 +136,8 @@ TEST_EACH(prefix)
 TEST_EACH(repeat)
 {
     static const int fill[] = {0xff, 0x00, 0x7f, 0xa5};
-    const shape s = {.batch = 2, .heads = 4, .kv_heads = 2, .q_tokens = 75, .norm = 6, .odd = 1, .seed = 1};
+    const shape s = {
+        .batch = 2, .heads = 4, .kv_heads = 2, .q_tokens = 75 + 2 * k->block, .norm = 6, .odd = 1, .seed = 1};
     call c = call_make(k, s);
     EACH_WAY(k, w)
     {
@@ -183,10 +187,10 @@ static void split_equals_whole(call *c, way w, int64_t units)
 TEST_EACH(splits)
 {
     static const int32_t borders[] = {0, 10, 10, 60, 75};
-    const shape table[] = {{.batch = 3, .heads = 4, .kv_heads = 2, .q_tokens = 41, .norm = 6, .seed = 1},
+    const shape table[] = {{.batch = 3, .heads = 4, .kv_heads = 2, .q_tokens = 41 + 2 * k->block, .norm = 6, .seed = 1},
                            {.heads = 2, .q_tokens = 75, .cu_tokens = borders, .sequences = 4, .norm = 6, .seed = 2}};
     for (int i = 0; i < 2; i++)
-        for (int with_state = 0; with_state <= (k->features > 0); with_state++) {
+        for (int with_state = 0; with_state <= stateful(k); with_state++) {
             call c = call_make(k, table[i]);
             if (with_state)
                 call_state(&c);
@@ -227,16 +231,18 @@ TEST_EACH(split_writes)
 TEST_EACH(poison)
 {
     static const float poisons[] = {NAN, INFINITY, -INFINITY};
-    const shape s = {.batch = 2, .heads = 4, .kv_heads = 2, .q_tokens = 100, .norm = 3, .seed = 4};
+    const shape s = {.batch = 2, .heads = 4, .kv_heads = 2, .q_tokens = 100 + 2 * k->block, .norm = 3, .seed = 4};
     EACH_WAY(k, w)
     {
-        for (int full = 0; full < 2; full++)
+        for (int full = 0; full < (k->block && k->features ? 1 : 2); full++)
             for (int which = 0; which < 3; which++)
                 for (int p = 0; p < 3; p++) {
                     const int64_t at[] = {0, 31, 32, 50, 99}, t = at[(which + p + w_i) % 5];
                     call c = call_make(k, s);
+                    oracle_head o = head_at(&c, 1, 1, 0, s.q_tokens);
                     result clean;
                     c.a.mask = full;
+                    o.full = full;
                     CHECK(call_run(&c, w.forward) == NF_OK, "%s", w.name);
                     clean = result_of(&c);
                     row_at(which == 0 ? c.a.q : which == 1 ? c.a.k : c.a.v, 1, t, 1)[k->dim / 2] = poisons[p];
@@ -245,7 +251,8 @@ TEST_EACH(poison)
                         for (int64_t h = 0; h < 4; h++)
                             for (int64_t i = 0; i < s.q_tokens; i++) {
                                 const int sees =
-                                    b == 1 && (which == 0 ? h == 1 && i == t : h / 2 == 1 && (full || i >= t));
+                                    b == 1 && (which == 0 ? h == 1 && i == t
+                                                          : h / 2 == 1 && oracle_link(&o, i, t) != ORACLE_UNSEEN);
                                 const float *row = row_at(out_tensor(&c.a), b, i, h);
                                 CHECK(sees || row_equal(&clean, &c, b, i, h),
                                       "%s: %g in %s of token %d shows in row %d, head %d, batch entry %d", w.name,

@@ -9,9 +9,14 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, STRICT_C, Headers, need, run
 
-TOPICS = ("accuracy", "bits", "state", "projection", "arguments")
-CONTRACTS = ("favor_cosh_f32_d32_m128", "favor_exp_f32_d8_m8", "exact_f32_d40")
-SMALL = ("favor_exp_f32_d8_m8", "exact_f32_d8")
+OPERATORS = ("favor", "exact", "sparse", "hybrid")
+TOPICS = ("accuracy", "bits", "state", "pattern", "backward", "projection", "arguments")
+CONTRACTS = (
+    *("favor_cosh_f32_d32_m128", "favor_exp_f32_d8_m8", "exact_f32_d40"),
+    *("sparse_f32_d40_b16", "hybrid_cosh_f32_d8_m8_b16"),
+)
+OLDER = ("accuracy", "pattern", "backward", "arguments")  # topics on older processors
+SMALL = ("favor_exp_f32_d8_m8", "exact_f32_d8", "sparse_f32_d8_b32", "hybrid_cosh_f32_d8_m8_b16")
 
 
 @dataclass(frozen=True)
@@ -30,29 +35,29 @@ SANITIZE = "-g -fsanitize=address,undefined -fno-sanitize-recover=all"  # at -O0
 GOLDEN = ("favor_cosh_f32_d64_m128", "favor_cosh_f32_d48_m96", "favor_cosh_f32_d80_m336", "favor_exp_f32_d256_m32")
 BUILDS = {
     "address and undefined, gcc": Build("gcc", f"-O0 {SANITIZE}"),
-    "address and undefined, clang": Build("clang", f"-O0 {SANITIZE}", topics=("state", "arguments")),
-    "fast-math": Build("gcc", "-O3 -ffast-math", topics=("accuracy", "state")),
-    "fast-math, clang": Build("clang", "-O3 -ffast-math", topics=("accuracy",)),
-    "native": Build("gcc", "-O3 -march=native", topics=("accuracy",)),
+    "address and undefined, clang": Build("clang", f"-O0 {SANITIZE}", topics=("state", "pattern", "arguments")),
+    "fast-math": Build("gcc", "-O3 -ffast-math", topics=("accuracy", "state", "pattern", "backward")),
+    "fast-math, clang": Build("clang", "-O3 -ffast-math", topics=("accuracy", "backward")),
+    "native": Build("gcc", "-O3 -march=native", topics=("accuracy", "backward")),
     "no optimisation": Build("gcc", "-O0", topics=("accuracy",)),
     "neon": Build(ARM, "-O2 -static", "qemu-aarch64"),
     "golden matrices, neon": Build(ARM, "-O1 -static", "qemu-aarch64 {} golden", ("projection",), GOLDEN),
     "golden matrices, fast-math": Build("gcc", "-O3 -ffast-math", "{} golden", ("projection",), GOLDEN),
-    "without AVX-512": Build("gcc", "-O2 -static", "qemu-x86_64 -cpu Haswell-v1", ("accuracy", "arguments"), SMALL),
-    "without AVX": Build("gcc", "-O2 -static", "qemu-x86_64 -cpu Nehalem-v1", ("accuracy", "arguments"), SMALL),
+    "without AVX-512": Build("gcc", "-O2 -static", "qemu-x86_64 -cpu Haswell-v1", OLDER, SMALL),
+    "without AVX": Build("gcc", "-O2 -static", "qemu-x86_64 -cpu Nehalem-v1", OLDER, SMALL),
 }
 PACKAGES = {ARM: "gcc-aarch64-linux-gnu", "qemu-aarch64": "qemu-user", "qemu-x86_64": "qemu-user"}
 
 
 def lists(contracts: tuple[str, ...]) -> list[str]:
     """What meson.build says of the contracts."""
-    favors = " ".join(f"X({c}, y)" for c in contracts if c.startswith("favor"))
-    exacts = " ".join(f"X({c}, y)" for c in contracts if c.startswith("exact"))
-    return [f"-DFAVORS(X,y)={favors}", f"-DEXACTS(X,y)={exacts}"]
+    found = {o: " ".join(f"X({c}, y)" for c in contracts if c.startswith(o)) for o in OPERATORS}
+    return [f"-D{operator.upper()}S(X,y)={text}" for operator, text in found.items()]
 
 
 def kernel(build: Build, contract: str, headers: Headers, output: Path) -> Path:
-    features = ["-DFAVOR"] if contract.startswith("favor") else []
+    operator = contract.split("_")[0]
+    features = ["-DFEATURES"] if operator in ("favor", "hybrid") else []
     run(
         *(build.compiler, "-std=c99", *build.flags.split(), *features, f"-DCONTRACT={contract}"),
         *("-I", headers(contract), "-I", ROOT / "include", "-c", ROOT / "tests" / "kernel.c", "-o", output),

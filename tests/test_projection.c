@@ -33,7 +33,7 @@ static double dot(const float *a, const float *b, int dim)
 
 /* Rows of norm sqrt(D), orthogonal within each block of D, up to rounding to bf16 (2^-9 of an entry); across blocks and
  * signs no row comes twice. */
-TEST_FAVOR(orthogonal)
+TEST_LIST(orthogonal, FAVORS)
 {
     float *w = matrix_make(k);
     for (uint64_t seed = 0; seed < 5; seed++) {
@@ -49,7 +49,7 @@ TEST_FAVOR(orthogonal)
     free(w);
 }
 
-TEST_FAVOR(reproducible)
+TEST_LIST(reproducible, FAVORS)
 {
     const size_t bytes = (size_t)(k->rows * k->dim) * sizeof(float);
     float *a = matrix_make(k), *b = matrix_make(k);
@@ -68,7 +68,7 @@ TEST_FAVOR(reproducible)
 
 /* The bits of seed 1234, the same on every processor, compiler and flag (this test also runs emulated, and with
  * -ffast-math). A change here breaks every state and model that was made with an older header. */
-TEST_FAVOR(golden)
+TEST_LIST(golden, FAVORS)
 {
     static const struct {
         const char *name;
@@ -123,7 +123,7 @@ static void moments_along(const kernel *k, const float *u, double spread)
     free(w);
 }
 
-TEST_FAVOR(moments)
+TEST_LIST(moments, FAVORS)
 {
     float *u = (float *)calloc((size_t)k->dim, sizeof(float));
     oracle_random random = {5};
@@ -139,7 +139,7 @@ TEST_FAVOR(moments)
 }
 
 /* A model's own matrix: rounded to the nearest bf16, or kept. */
-TEST_FAVOR(own_matrix)
+TEST_LIST(own_matrix, FAVORS)
 {
     const int n = k->rows * k->dim;
     float *w = matrix_make(k), *back = matrix_make(k);
@@ -170,7 +170,7 @@ TEST_FAVOR(own_matrix)
  * The mean must lie within 4.5 standard errors (fails by chance with probability 7e-6 per head; the seeds are fixed);
  * the variance within 25 %, five standard errors of it or more at these z. As the same bound holds for every M among
  * the contracts, the variance falls as 1/M. */
-TEST_FAVOR(unbiased)
+TEST_LIST(unbiased, FAVORS)
 {
     enum { HEADS = 4 };
     static const double norms[HEADS] = {0.2, 0.4, 0.5, 0.6};
@@ -244,7 +244,7 @@ static nf_calibration sample_of(const call *c)
 }
 
 /* Every flag and tau: the kernel computes what the definition says. */
-TEST_FAVOR(calibrated)
+TEST_LIST(calibrated, FAVORS)
 {
     static const struct {
         float tau;
@@ -278,7 +278,7 @@ TEST_FAVOR(calibrated)
 }
 
 /* tau = 1 that keeps means and channels is no calibration. */
-TEST_FAVOR(neutral)
+TEST_LIST(neutral, FAVORS)
 {
     const shape s = {.q_tokens = 90, .norm = 3, .seed = 3};
     call c = call_make(k, s);
@@ -293,7 +293,7 @@ TEST_FAVOR(neutral)
 }
 
 /* A calibrated kernel keeps the other promises: its state goes on, token by token. */
-TEST_FAVOR(calibrated_state)
+TEST_LIST(calibrated_state, FAVORS)
 {
     const shape s = {.q_tokens = 60, .norm = 2, .seed = 3};
     call c = call_make(k, s);
@@ -327,7 +327,7 @@ TEST_FAVOR(calibrated_state)
 }
 
 /* Heads with one projection each: every head uses its own. */
-TEST_FAVOR(projection_per_head)
+TEST_LIST(projection_per_head, FAVORS)
 {
     const shape s = {.batch = 2, .heads = 4, .kv_heads = 2, .q_tokens = 40, .norm = 2, .seed = 3};
     const size_t stride = (k->projection_bytes() + NF_ALIGN - 1) / NF_ALIGN * NF_ALIGN + NF_ALIGN;
@@ -361,7 +361,7 @@ TEST_FAVOR(projection_per_head)
 }
 
 /* Large key means and uneven channels: the calibrated estimate is at least twice as near to exact softmax. */
-TEST_FAVOR(calibration_helps)
+TEST_LIST(calibration_helps, FAVORS)
 {
     const int64_t n = 128;
     double error[2] = {0, 0};

@@ -1,7 +1,7 @@
 /* Promise 3: prefill, chunked prefill and decode agree to rounding, states merge in any order, and a state is plain
  * bytes. And decode of exact attention against cached keys. */
 #include "check.h"
-#include "call.h"
+#include "patterns.h"
 
 #define LONG (QUICK ? 90 : 300)
 
@@ -33,6 +33,12 @@ static const nf_state_unit *state_unit(const block *state, int64_t unit)
     return (const nf_state_unit *)(const void *)(state->data + sizeof(nf_state_head) + (size_t)unit * bytes);
 }
 
+/* The near field of a unit, K rows and then V rows. */
+static const float *near_field(const kernel *k, const nf_state_unit *unit)
+{
+    return (const float *)(const void *)(unit + 1) + k->features * (k->dim + 2);
+}
+
 /* The largest difference of two states: of ln(z 2^R), and of S / z relative to the longest v. */
 static double state_difference(const call *c, const block *a, const block *b)
 {
@@ -42,9 +48,12 @@ static double state_difference(const call *c, const block *a, const block *b)
         const float *x = (const float *)(const void *)(state_unit(a, u) + 1);
         const float *y = (const float *)(const void *)(state_unit(b, u) + 1);
         for (int r = 0; r < m; r++) {
+            const int empty = x[m + r] == 0 && y[m + r] == 0 && x[r] == y[r];
             const double lx = log((double)x[m + r]) + log(2) * (double)x[r];
             const double ly = log((double)y[m + r]) + log(2) * (double)y[r];
             double sum = 0;
+            if (empty)
+                continue;
             for (int d = 0; d < dim; d++) {
                 const int at = 2 * m + r * dim + d;
                 sum += pow((double)x[at] / (double)x[m + r] - (double)y[at] / (double)y[m + r], 2);
@@ -58,11 +67,6 @@ static double state_difference(const call *c, const block *a, const block *b)
     return worst;
 }
 
-static int64_t random_below(oracle_random *r, int64_t n)
-{
-    return (int64_t)(oracle_next(r) % (uint64_t)n);
-}
-
 /* ---- one stream, cut anywhere --------------------------------------------------------------------------------------
  */
 
@@ -70,17 +74,17 @@ static int64_t random_below(oracle_random *r, int64_t n)
 static void run_in_pieces(const call *c, way w, oracle_random *random, int64_t largest)
 {
     for (int64_t t = 0, n; t < c->a.q_tokens; t += n) {
-        n = 1 + random_below(random, largest);
+        n = 1 + below(random, largest);
         n = n < c->a.q_tokens - t ? n : c->a.q_tokens - t;
         {
-            const attend_fn attend = n <= 3 && random_below(random, 2) ? w.decode : w.forward;
+            const attend_fn attend = n <= 3 && below(random, 2) ? w.decode : w.forward;
             const nf_status s = run_range(c, attend, t, t + n);
             CHECK(s == NF_OK, "%s tokens %d + %d: %s", w.name, (int)t, (int)n, nf_status_text(s));
         }
     }
 }
 
-TEST_FAVOR(pieces)
+TEST_LIST(pieces, WITH_STATE)
 {
     static const struct {
         oracle_kind kind;
@@ -90,7 +94,7 @@ TEST_FAVOR(pieces)
         const shape s = {.batch = 2,
                          .heads = 4,
                          .kv_heads = 2,
-                         .q_tokens = LONG / 2,
+                         .q_tokens = LONG / 2 + 2 * k->block,
                          .odd = i % 2 ? 1 : 0,
                          .kind = inputs[i].kind,
                          .norm = inputs[i].norm,
@@ -123,10 +127,44 @@ TEST_FAVOR(pieces)
     }
 }
 
-/* Token by token, every token through decode. */
-TEST_FAVOR(decode)
+/* Every pattern that a state can carry, another dilation for each head among them. */
+TEST_LIST(pieces_of_patterns, WITH_PATTERN)
 {
-    const shape s = {.heads = 4, .kv_heads = 2, .q_tokens = LONG / 2, .kind = ORACLE_MIXED, .norm = 10, .seed = 3};
+    oracle_random random = {9};
+    for (int i = 0; i < (QUICK ? 6 : 24); i++) {
+        shape s = {.heads = 4, .kv_heads = 2, .norm = 3, .seed = (uint64_t)i};
+        kit t;
+        call c;
+        s.q_tokens = 1 + below(&random, i % 2 ? 60 : 6 * k->block);
+        t = kit_make(k, STATE_PARTS & (int)below(&random, 256), s.heads, s.q_tokens, &random);
+        s.pattern = &t.p;
+        c = call_make(k, s);
+        call_reference(&c, 0);
+        call_state(&c);
+        EACH_WAY(k, w)
+        {
+            for (int p = 0; p < 3; p++) {
+                const int64_t largest[] = {2 * k->block, 9, 1};
+                call_state(&c);
+                call_blank(&c);
+                run_in_pieces(&c, w, &random, largest[p]);
+                CHECK(call_error(&c, 0) <= tolerance(10),
+                      "%s case %d, %d tokens, window %d, %d globals, flags %d, pieces up to %d: error %.3g", w.name, i,
+                      (int)s.q_tokens, (int)t.p.window, (int)t.p.globals, (int)t.p.flags, (int)largest[p],
+                      call_error(&c, 0));
+                CHECK(call_intact(&c) && kit_intact(&t), "%s: wrote beside its rows", w.name);
+            }
+        }
+        call_free(&c);
+        kit_free(&t);
+    }
+}
+
+/* Token by token, every token through decode. */
+TEST_LIST(decode, WITH_STATE)
+{
+    const int64_t n = LONG / 2 + 2 * k->block;
+    const shape s = {.heads = 4, .kv_heads = 2, .q_tokens = n, .kind = ORACLE_MIXED, .norm = 10, .seed = 3};
     call c = call_make(k, s);
     call_reference(&c, 0);
     call_state(&c);
@@ -143,9 +181,10 @@ TEST_FAVOR(decode)
 }
 
 /* Absorb keys with no queries, then ask: the rows of the whole. */
-TEST_FAVOR(absorb)
+TEST_LIST(absorb, WITH_STATE)
 {
-    const shape s = {.heads = 2, .q_tokens = 120, .norm = 5, .seed = 6};
+    const int64_t n = 100 + 2 * k->block;
+    const shape s = {.heads = 2, .q_tokens = n + 20, .norm = 5, .seed = 6};
     call c = call_make(k, s);
     call_reference(&c, 0);
     call_state(&c);
@@ -155,20 +194,20 @@ TEST_FAVOR(absorb)
         call_state(&c);
         call_blank(&c);
         a.q_tokens = 0;
-        a.kv_tokens = 100;
+        a.kv_tokens = n;
         a.q.data = NULL;
         a.out.data = NULL;
         a.lse = NULL;
         CHECK(w.forward(&a, c.workspace.data, c.bytes) == NF_OK, "%s", w.name);
-        CHECK(state_unit(&c.state, 1)->tokens == 100, "%s: token count", w.name);
-        CHECK(run_range(&c, w.forward, 100, 120) == NF_OK, "%s", w.name);
-        CHECK(call_error(&c, 100) <= tolerance(10), "%s: error %.3g", w.name, call_error(&c, 100));
+        CHECK(state_unit(&c.state, 1)->tokens == n, "%s: token count", w.name);
+        CHECK(run_range(&c, w.forward, n, n + 20) == NF_OK, "%s", w.name);
+        CHECK(call_error(&c, n) <= tolerance(10), "%s: error %.3g", w.name, call_error(&c, n));
     }
     call_free(&c);
 }
 
 /* With a state, the full mask sees every key of the state and of the call. */
-TEST_FAVOR(full_with_state)
+TEST_LIST(full_with_state, FAVORS)
 {
     const shape s = {.heads = 2, .q_tokens = 20, .kv_tokens = 120, .full = 1, .norm = 5, .seed = 6};
     call c = call_make(k, s);
@@ -200,12 +239,18 @@ TEST_FAVOR(full_with_state)
  */
 
 /* A state may be stored, moved and taken up by another variant; its size does not depend on the length. */
-TEST_FAVOR(serialised)
+TEST_LIST(serialised, WITH_STATE)
 {
-    const shape s = {.heads = 2, .q_tokens = 100, .norm = 5, .seed = 6};
+    const int64_t n = 61 + 2 * k->block;
+    const shape s = {.heads = 2, .q_tokens = n + 39, .norm = 5, .seed = 6};
     call c = call_make(k, s);
     nf_args longer = c.a;
     block stored;
+    const nf_pattern *p = c.a.pattern;
+    const size_t window = k->block ? (size_t)p->window : 0, ring = k->features ? (size_t)2 * (size_t)k->block : window;
+    const size_t unit = (size_t)(k->features * (k->dim + 2)) + 2 * (k->block ? 3 + ring : 0) * (size_t)k->dim;
+    CHECK(k->state_bytes(&c.a) == sizeof(nf_state_head) + 2 * (sizeof(nf_state_unit) + unit * sizeof(float)),
+          "%d bytes are not what core.h says", (int)k->state_bytes(&c.a));
     longer.q_tokens = 1 << 20;
     CHECK(k->state_bytes(&longer) == k->state_bytes(&c.a) && k->state_bytes(&c.a) > 0, "state bytes depend on N");
     CHECK(k->state_bytes(&c.a) % NF_ALIGN == 0, "state bytes are no multiple of NF_ALIGN");
@@ -218,32 +263,84 @@ TEST_FAVOR(serialised)
     EACH_WAY(k, w)
     {
         call_state(&c);
-        CHECK(run_range(&c, k->forward, 0, 61) == NF_OK, "%s", w.name);
+        CHECK(run_range(&c, k->forward, 0, n) == NF_OK, "%s", w.name);
         memcpy(stored.data, c.state.data, stored.bytes);
         memset(c.state.data, BLANK, c.state.bytes);
         c.a.state = stored.data;
         call_blank(&c);
-        CHECK(run_range(&c, w.forward, 61, 100) == NF_OK, "%s: a moved state is not taken", w.name);
-        CHECK(call_error(&c, 61) <= tolerance(10), "%s: error %.3g", w.name, call_error(&c, 61));
+        CHECK(run_range(&c, w.forward, n, n + 39) == NF_OK, "%s: a moved state is not taken", w.name);
+        CHECK(call_error(&c, n) <= tolerance(10), "%s: error %.3g", w.name, call_error(&c, n));
     }
     block_free(&stored);
     call_free(&c);
 }
 
-/* References are whole numbers (so that rescaling by them is exact), -1e30 while empty, and the weights stay sane. */
-TEST_FAVOR(layout)
+/* References are whole numbers (so that rescaling by them is exact), -1e30 while empty, and hold what core.h says: of
+ * the hybrid the blocks before (P - 1) / B - w, but no global. */
+TEST_LIST(far_layout, WITH_FEATURES)
 {
-    const shape s = {.q_tokens = 60, .norm = 20, .kind = ORACLE_MIXED, .seed = 6};
+    const int64_t lengths[] = {1, 60, 2 * k->block + 1, 3 * k->block, 3 * k->block + 1, 4 * k->block + 7};
+    const shape s = {.q_tokens = 60 + 4 * k->block, .norm = 20, .kind = ORACLE_MIXED, .seed = 6};
     call c = call_make(k, s);
-    const float *r;
-    call_state(&c);
-    r = (const float *)(const void *)(state_unit(&c.state, 0) + 1);
-    for (int i = 0; i < k->features; i++)
-        CHECK(r[i] == -1e30f && r[k->features + i] == 0, "an empty feature is (0, 0, -1e30)");
-    CHECK(run_range(&c, k->forward, 0, 60) == NF_OK, "forward");
-    for (int i = 0; i < k->features; i++) {
-        CHECK(r[i] == rintf(r[i]) && fabsf(r[i]) < 1e6f, "R = %g is no whole number", (double)r[i]);
-        CHECK(r[k->features + i] > 0 && isfinite(r[k->features + i]), "z = %g", (double)r[k->features + i]);
+    const oracle_head o = head_at(&c, 0, 0, 0, s.q_tokens);
+    double *l = oracle_doubles((size_t)k->features), *sums = oracle_doubles((size_t)k->features);
+    for (size_t n = 0; n < sizeof lengths / sizeof *lengths; n++) {
+        const int64_t whole = k->block ? (lengths[n] - 1) / k->block - 1 : 0,
+                      end = k->block ? whole * k->block : lengths[n];
+        const float *r;
+        call_state(&c);
+        r = (const float *)(const void *)(state_unit(&c.state, 0) + 1);
+        for (int i = 0; i < k->features; i++) {
+            CHECK(r[i] == -1e30f && r[k->features + i] == 0, "an empty feature is (0, 0, -1e30)");
+            sums[i] = -INFINITY;
+        }
+        for (int64_t j = 0; j < end; j++) {
+            oracle_key_features(&o, j, l);
+            for (int i = 0; i < k->features && !(k->block && j < 3); i++)
+                sums[i] = fmax(sums[i], l[i]) + log1p(exp(-fabs(sums[i] - l[i])));
+        }
+        CHECK(run_range(&c, k->forward, 0, lengths[n]) == NF_OK, "forward");
+        for (int i = 0; i < k->features; i++) {
+            const double held = log(2) * (double)r[i] + log((double)r[k->features + i]);
+            if (sums[i] == -INFINITY) {
+                CHECK(r[i] == -1e30f && r[k->features + i] == 0, "%d tokens: a far field too early", (int)lengths[n]);
+                continue;
+            }
+            CHECK(r[i] == rintf(r[i]) && fabsf(r[i]) < 1e6f, "R = %g is no whole number", (double)r[i]);
+            CHECK(fabs(held - sums[i]) <= 1e-4 * fmax(1, fabs(sums[i])), "%d tokens: feature %d holds %g, not %g",
+                  (int)lengths[n], i, held, sums[i]);
+        }
+    }
+    free(l);
+    free(sums);
+    call_free(&c);
+}
+
+/* The near field: the globals in order, then a ring of the tokens last seen, to the bit. */
+TEST_LIST(near_layout, WITH_PATTERN)
+{
+    const nf_pattern p = {.window = k->block + 3, .globals = 5};
+    const int64_t ring = k->features ? 3 * k->block : p.window, dim = k->dim;
+    const shape s = {.q_tokens = 5 * k->block + 3, .norm = 3, .pattern = &p};
+    call c = call_make(k, s);
+    EACH_WAY(k, w)
+    {
+        for (int64_t n = 1; n <= s.q_tokens; n += 1 + n / 2) {
+            const float *near;
+            call_state(&c);
+            CHECK(run_range(&c, w.forward, 0, n / 2) == NF_OK && run_range(&c, w.forward, n / 2, n) == NF_OK, "%s",
+                  w.name);
+            near = near_field(k, state_unit(&c.state, 0));
+            for (int64_t t = 0; t < n; t++) {
+                const int64_t row = t < 5 ? t : 5 + t % ring;
+                if (t >= 5 && t < n - ring)
+                    continue;
+                CHECK(memcmp(near + row * dim, row_at(c.a.k, 0, t, 0), (size_t)dim * sizeof(float)) == 0 &&
+                          memcmp(near + (5 + ring + row) * dim, row_at(c.a.v, 0, t, 0), (size_t)dim * sizeof(float)) ==
+                              0,
+                      "%s: %d tokens, row %d does not hold token %d", w.name, (int)n, (int)row, (int)t);
+            }
+        }
     }
     call_free(&c);
 }
@@ -258,7 +355,7 @@ static void merge_randomly(call *c, const block *sequential, int segments, oracl
     int64_t at = 0;
     for (int i = 0; i < segments; i++) {
         const int64_t left = c->a.q_tokens - at - (segments - 1 - i);
-        const int64_t n = i == segments - 1 ? c->a.q_tokens - at : 1 + random_below(random, left);
+        const int64_t n = i == segments - 1 ? c->a.q_tokens - at : 1 + below(random, left);
         call_state(c);
         CHECK(run_range(c, c->k->forward, at, at + n) == NF_OK, "segment");
         part[i] = block_make(c->state.bytes, 0);
@@ -266,8 +363,8 @@ static void merge_randomly(call *c, const block *sequential, int segments, oracl
         at += n;
     }
     for (int left = segments; left > 1; left--) {
-        const int64_t a = random_below(random, left), b = (a + 1 + random_below(random, left - 1)) % left;
-        const int64_t into = random_below(random, 3); /* a third buffer, the first, the second */
+        const int64_t a = below(random, left), b = (a + 1 + below(random, left - 1)) % left;
+        const int64_t into = below(random, 3); /* a third buffer, the first, the second */
         block out = block_make(c->state.bytes, 0);
         void *dst = into == 0 ? out.data : part[into == 1 ? a : b].data;
         CHECK(c->k->state_merge(dst, part[a].data, part[b].data) == NF_OK, "merge");
@@ -284,7 +381,7 @@ static void merge_randomly(call *c, const block *sequential, int segments, oracl
     block_free(&part[0]);
 }
 
-TEST_FAVOR(merge_trees)
+TEST_LIST(merge_trees, FAVORS)
 {
     static const double norms[] = {3, 10, 40};
     for (size_t i = 0; i < 3; i++) {
@@ -305,7 +402,7 @@ TEST_FAVOR(merge_trees)
 }
 
 /* The empty state is the exact identity on both sides, and a merged state goes on as if it had seen every key. */
-TEST_FAVOR(merge_identity)
+TEST_LIST(merge_identity, FAVORS)
 {
     const shape s = {.heads = 2, .q_tokens = 100, .kind = ORACLE_MIXED, .norm = 10, .seed = 6};
     call c = call_make(k, s);
@@ -341,11 +438,62 @@ TEST_FAVOR(merge_identity)
     call_free(&c);
 }
 
+/* Sparse states follow one another: a, then b, goes on as the whole stream would, whichever is written over. */
+TEST_LIST(merge_in_order, SPARSES)
+{
+    oracle_random random = {5};
+    for (int i = 0; i < (QUICK ? 10 : 40); i++) {
+        shape s = {.heads = 4, .kv_heads = 2, .q_tokens = 3 * k->block + 40, .norm = 3, .seed = (uint64_t)i};
+        const int64_t first = below(&random, i % 2 ? 8 : s.q_tokens / 2);
+        const int64_t second = first + below(&random, i % 3 ? s.q_tokens / 2 : 8);
+        kit t =
+            kit_make(k, (i % 4 ? GLOBALS : 0) | (i % 5 ? WINDOW : 0) | (i % 2 ? DILATION : 0), 4, s.q_tokens, &random);
+        block a, out;
+        call c;
+        s.pattern = &t.p;
+        c = call_make(k, s);
+        call_reference(&c, 0);
+        call_state(&c);
+        a = block_make(c.state.bytes, 0), out = block_make(c.state.bytes, 0);
+        CHECK(run_range(&c, k->forward, 0, first) == NF_OK, "first");
+        memcpy(a.data, c.state.data, a.bytes);
+        call_state(&c);
+        CHECK(run_range(&c, k->forward, first, second) == NF_OK, "second");
+        {
+            void *const dst[] = {out.data, a.data, c.state.data};
+            CHECK(k->state_merge(dst[i % 3], a.data, c.state.data) == NF_OK, "merge");
+            c.a.state = dst[i % 3];
+        }
+        CHECK(run_range(&c, k->forward, second, s.q_tokens) == NF_OK, "rest");
+        CHECK(call_error(&c, second) <= tolerance(10), "case %d, %d + %d tokens, window %d, %d globals: error %.3g", i,
+              (int)first, (int)(second - first), (int)t.p.window, (int)t.p.globals, call_error(&c, second));
+        CHECK(block_intact(&a) && block_intact(&out) && call_intact(&c), "wrote beside a state");
+        block_free(&a), block_free(&out);
+        call_free(&c);
+        kit_free(&t);
+    }
+}
+
+/* Near fields with a far field behind them do not follow one another. */
+TEST_LIST(no_merge, HYBRIDS)
+{
+    const shape s = {.q_tokens = 40, .norm = 3};
+    call c = call_make(k, s);
+    block before;
+    call_state(&c);
+    before = block_make(c.state.bytes, 0);
+    memcpy(before.data, c.state.data, before.bytes);
+    CHECK(k->state_merge(c.state.data, c.state.data, c.state.data) == NF_E_STATE, "merge");
+    CHECK(memcmp(before.data, c.state.data, before.bytes) == 0, "a refused merge wrote");
+    block_free(&before);
+    call_free(&c);
+}
+
 /* ---- decode without a state ----------------------------------------------------------------------------------------
  */
 
-/* Exact decode: a few new queries against all cached keys. */
-TEST_EXACT(exact_decode)
+/* Exact and sparse decode: a few new queries against all cached keys. */
+TEST_LIST(exact_decode, WITHOUT_FEATURES)
 {
     static const shape table[] = {{.q_tokens = 1, .kv_tokens = 1},
                                   {.batch = 2, .heads = 4, .kv_heads = 2, .q_tokens = 1, .kv_tokens = 100, .odd = 1},

@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from generator import UsageError, inputs, report  # noqa: E402
+from generator import UsageError, inputs, quality, report  # noqa: E402
 
 CC = os.environ.get("CC") or shutil.which("cc") or "gcc"
 INCLUDE = [f"-I{ROOT / folder}" for folder in ("bench", "tests", "include")]
@@ -32,7 +32,7 @@ KERNELS_H = """\
 #define FAULTS(X) {faults}
 #include "faulty.h"
 #define NF_TOOL "test"
-#define NF_KERNELS(X) X(nf_faulty_cpu, "faulty_d8", exact, none, 8, 0, 0)
+#define NF_KERNELS(X) X(nf_faulty_cpu, "faulty_d8", exact, none, 8, 0, 0, 0)
 #define nf_faulty_cpu_CODES(X) {codes}
 #endif
 """
@@ -310,22 +310,48 @@ def test_wrong_usage_of_the_commands(tmp_path: Path) -> None:
 
 def test_a_pack_tunes_without_python(tmp_path: Path) -> None:
     folder = tmp_path / "pack"
-    assert nearfar("pack", "exact_f32_d16", "favor_cosh_f32_d16_m16", "-o", str(folder)).returncode == 0
+    contracts = ["exact_f32_d16", "favor_cosh_f32_d16_m16", "sparse_f32_d16_b16", "hybrid_cosh_f32_d16_m16_b16"]
+    assert nearfar("pack", *contracts, "-o", str(folder)).returncode == 0
     sources = [path.name for path in folder.glob("*.c")]
     done = subprocess.run(
         [CC, "-O1", *sources, "-o", "tune", "-lm"], cwd=folder, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     done = subprocess.run(
-        [str(folder / "tune"), "--json", "r.jsonl", "--budget", "4", "--tokens", "256"],
+        [str(folder / "tune"), "--json", "r.jsonl", "--budget", "6", "--tokens", "256"],
         cwd=folder,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {json.loads(line)["contract"] for line in (folder / "r.jsonl").read_text().splitlines()} == {
-        "exact_f32_d16",
-        "favor_cosh_f32_d16_m16",
-    }
+    found = [json.loads(line)["contract"] for line in (folder / "r.jsonl").read_text().splitlines()]
+    assert sorted(found) == sorted(contracts)
     assert nearfar("generate", "exact_f32_d16", "--tuned", str(folder / "r.jsonl"), "-o", str(tmp_path)).returncode == 0
+
+
+def test_quality_runs_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window over everything is exact; the far field of a hybrid beats what it leaves out; costs are alike."""
+    np = pytest.importorskip("numpy")
+    monkeypatch.setattr(quality, "OUTPUT", tmp_path)
+    sparse, hybrid = "sparse_f32_d16_b16", "hybrid_cosh_f32_d16_m64_b16"
+    ways = (
+        quality.Way("all", sparse, window=200),
+        quality.Way("near", sparse, window=24),
+        quality.Way("both", hybrid, window=16, fit="calibrated"),
+        quality.Way("constant far field", window=16),
+    )
+    dice = np.random.default_rng(1)
+    q, k, v = (dice.normal(size=(200, 2, 16)).astype(np.float32) for _ in range(3))
+    lines = quality.judge(quality.Case("case", 1, 0.5 * q, 0.5 * k, v, ways), quality.library([sparse, hybrid]))
+    errors = {line["way"]: line["error"] for line in lines}
+    assert errors["all"] < 1e-5
+    assert errors["both"] < 0.5 * errors["near"]
+    assert errors["constant far field"] < 0.5 * errors["near"]
+    assert "[0.000]" in quality.table(lines)
+
+
+def test_quality_compares_at_equal_cost() -> None:
+    for ways, tokens, d in ((quality.SYNTHETIC, 2048, 64), (quality.REAL, 384, 32)):
+        costs = [quality.cost(way, tokens, d) for way in ways]
+        assert max(costs) < 1.3 * min(costs)

@@ -257,15 +257,15 @@ static nf_status nf_check_shape(const nf_contract *c, const nf_args *args, nf_pl
     } else if (a->sequences) {
         return NF_E_PACKED;
     }
+    p->units = nf_product(a->cu_tokens ? a->sequences : a->batch, a->kv_heads);
+    if (p->units < 0 || nf_product(nf_product(nf_product(a->batch, a->heads), a->q_tokens), c->dim * 8) < 0 ||
+        nf_product(nf_product(nf_product(a->batch, a->kv_heads), a->kv_tokens), c->dim * 8) < 0)
+        return NF_E_OVERFLOW;
     if (c->block) {
         const nf_status status = c->check_pattern(p);
         if (status != NF_OK)
             return status;
     }
-    p->units = nf_product(a->cu_tokens ? a->sequences : a->batch, a->kv_heads);
-    if (p->units < 0 || nf_product(nf_product(nf_product(a->batch, a->heads), a->q_tokens), c->dim * 8) < 0 ||
-        nf_product(nf_product(nf_product(a->batch, a->kv_heads), a->kv_tokens), c->dim * 8) < 0)
-        return NF_E_OVERFLOW;
     if (nf_product(p->units, (int64_t)p->state_unit + 1) < 0) {
         if (a->state || !c->block)
             return NF_E_OVERFLOW;
@@ -335,8 +335,8 @@ static nf_status nf_check_state(const nf_plan *p)
 
 /* Where the call's inputs lie: q, k, v, the projections and the lists, with their extents in bytes. */
 typedef struct nf_memory {
-    const void *at[16];
-    size_t bytes[16];
+    const void *at[20];
+    size_t bytes[20];
     int count;
 } nf_memory;
 
@@ -354,6 +354,24 @@ static int nf_meet(const nf_memory *m, int written)
             if (nf_overlap(m->at[i], m->bytes[i], m->at[j], m->bytes[j]))
                 return 1;
     return 0;
+}
+
+/* Claim projections, borders and lists. */
+static void nf_claim_constants(const nf_plan *p, nf_memory *m)
+{
+    const nf_args *a = &p->args;
+    nf_claim(m, a->projection, p->contract->features ? nf_projection_extent(p) : 0);
+    nf_claim(m, a->cu_tokens, ((size_t)a->sequences + 1) * sizeof(int32_t));
+    if (p->contract->block) {
+        const nf_pattern *pattern = a->pattern;
+        const size_t offsets = (size_t)(pattern->block_heads * (pattern->block_rows + 1));
+        nf_claim(m, pattern, sizeof *pattern);
+        nf_claim(m, pattern->dilation, (size_t)a->heads * sizeof(int32_t));
+        nf_claim(m, pattern->far_gain, (size_t)a->heads * sizeof(float));
+        nf_claim(m, pattern->global_tokens, (size_t)pattern->global_count * sizeof(int32_t));
+        nf_claim(m, pattern->block_offsets, offsets * sizeof(int32_t));
+        nf_claim(m, pattern->block_keys, (size_t)pattern->block_count * sizeof(int32_t));
+    }
 }
 
 /* Claim what every call reads. */
@@ -374,18 +392,7 @@ static nf_status nf_check_inputs(nf_plan *p, nf_memory *m)
     nf_claim(m, a->q.data, q);
     nf_claim(m, a->k.data, k);
     nf_claim(m, a->v.data, v);
-    nf_claim(m, a->projection, p->contract->features ? nf_projection_extent(p) : 0);
-    nf_claim(m, a->cu_tokens, ((size_t)a->sequences + 1) * sizeof(int32_t));
-    if (c->block) {
-        const nf_pattern *pattern = a->pattern;
-        const size_t offsets = (size_t)(pattern->block_heads * (pattern->block_rows + 1));
-        nf_claim(m, pattern, sizeof *pattern);
-        nf_claim(m, pattern->dilation, (size_t)a->heads * sizeof(int32_t));
-        nf_claim(m, pattern->far_gain, (size_t)a->heads * sizeof(float));
-        nf_claim(m, pattern->global_tokens, (size_t)pattern->global_count * sizeof(int32_t));
-        nf_claim(m, pattern->block_offsets, offsets * sizeof(int32_t));
-        nf_claim(m, pattern->block_keys, (size_t)pattern->block_count * sizeof(int32_t));
-    }
+    nf_claim_constants(p, m);
     return NF_OK;
 }
 

@@ -32,8 +32,8 @@ static nf_status nf_check_lists(const nf_contract *c, const nf_pattern *pattern,
     if (pattern->block_count && !pattern->block_keys)
         return NF_E_NULL;
     if (pattern->block != c->block || (pattern->block_heads != 1 && pattern->block_heads != heads) ||
-        pattern->block_rows < blocks || pattern->block_count < 0 ||
-        nf_product(pattern->block_heads, nf_product(pattern->block_rows, 8) + 8) < 0 || offset[0] != 0)
+        pattern->block_rows < blocks || pattern->block_count < 0 || nf_product(pattern->block_rows, 8) < 0 ||
+        nf_product(pattern->block_heads, pattern->block_rows * 8 + 8) < 0 || offset[0] != 0)
         return NF_E_BLOCKS;
     for (int64_t h = 0; h < pattern->block_heads; h++)
         for (int64_t b = 0; b <= pattern->block_rows; b++) {
@@ -102,6 +102,54 @@ static nf_status nf_check_pattern(nf_plan *p)
     rows = nf_product(p->globals + p->ring, c->dim * 2 * (int64_t)sizeof(float));
     p->state_unit = rows < 0 ? 0 : p->state_unit + (size_t)rows;
     return rows < 0 && a->state ? NF_E_OVERFLOW : NF_OK;
+}
+
+/* Number of listed tokens before a position. */
+NF_UNUSED static int64_t nf_listed_before(const nf_pattern *pattern, int64_t position)
+{
+    int64_t low = 0, high = pattern->global_count;
+    while (low < high) {
+        const int64_t middle = low + (high - low) / 2;
+        if (pattern->global_tokens[middle] < position)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* Where a state keeps the token at a position: a global token in a row of its own (and like all others in the ring). */
+NF_INLINE int64_t nf_near_row(const nf_unit *u, int64_t position)
+{
+    return position < u->globals ? position : u->globals + position % u->ring;
+}
+
+/* The key and the value at a position: of the call, or from the state. */
+NF_INLINE const float *nf_key_at(const nf_unit *u, int64_t position, int64_t dim)
+{
+    return position < u->past ? u->near_key + nf_near_row(u, position) * dim
+                              : (const float *)u->k + (position - u->past) * u->k_stride;
+}
+
+NF_INLINE const float *nf_value_at(const nf_unit *u, int64_t position, int64_t dim)
+{
+    return position < u->past ? u->near_value + nf_near_row(u, position) * dim
+                              : (const float *)u->v + (position - u->past) * u->v_stride;
+}
+
+/* The state takes in those of the call's tokens that later queries may see exactly. */
+NF_UNUSED static void nf_near_keep(const nf_unit *u, int64_t dim)
+{
+    const int64_t end = u->past + u->kv_tokens, last = end - u->ring > u->past ? end - u->ring : u->past;
+    const size_t row = (size_t)dim * sizeof(float);
+    for (int64_t p = u->past; p < u->globals && p < end; p++) {
+        memcpy(u->near_key + p * dim, nf_key_at(u, p, dim), row);
+        memcpy(u->near_value + p * dim, nf_value_at(u, p, dim), row);
+    }
+    for (int64_t p = last; p < end; p++) {
+        memcpy(u->near_key + (u->globals + p % u->ring) * dim, nf_key_at(u, p, dim), row);
+        memcpy(u->near_value + (u->globals + p % u->ring) * dim, nf_value_at(u, p, dim), row);
+    }
 }
 
 #endif /* NF_PATTERN_CHECK_READY */
