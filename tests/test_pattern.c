@@ -129,7 +129,7 @@ static void equals_exact(const kernel *k, shape s, const char *what)
 /* A window, globals, a list or blocks that reach everything, and all of them at once. */
 TEST_LIST(everything, WITH_PATTERN)
 {
-    const int64_t n = 2 * k->block + 37, blocks = 3;
+    const int64_t n = 2 * k->block + 11, blocks = 3;
     int32_t all[512], offsets[4], keys[9];
     const nf_pattern wide = {.window = n}, huge = {.window = (int64_t)1 << 40}, globals = {.globals = n},
                      more = {.globals = (int64_t)1 << 40}, listed = {.global_tokens = all, .global_count = n},

@@ -442,7 +442,7 @@ TEST_LIST(merge_identity, FAVORS)
 TEST_LIST(merge_in_order, SPARSES)
 {
     oracle_random random = {5};
-    for (int i = 0; i < (QUICK ? 10 : 40); i++) {
+    for (int i = 0; i < (QUICK ? 24 : 60); i++) {
         shape s = {.heads = 4, .kv_heads = 2, .q_tokens = 3 * k->block + 40, .norm = 3, .seed = (uint64_t)i};
         const int64_t first = below(&random, i % 2 ? 8 : s.q_tokens / 2);
         const int64_t second = first + below(&random, i % 3 ? s.q_tokens / 2 : 8);

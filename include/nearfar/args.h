@@ -152,6 +152,14 @@ NF_INLINE int nf_finite(float x)
     return (bits & 0x7f800000u) != 0x7f800000u;
 }
 
+/* Is this the lse of a query that saw no key, -inf? Told from the bits, as everything about NaN and inf. */
+NF_INLINE int nf_unseen(float lse)
+{
+    uint32_t bits;
+    memcpy(&bits, &lse, sizeof bits);
+    return bits == 0xff800000u;
+}
+
 /* Do the bytes [a, a + na) and [b, b + nb) meet? */
 static int nf_overlap(const void *a, size_t na, const void *b, size_t nb)
 {
