@@ -223,6 +223,55 @@ def test_small_and_quick(
     assert size < kib * 1024
 
 
+MEMORY = """
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/resource.h>
+static long peak(void)
+{
+    struct rusage r;
+    getrusage(RUSAGE_SELF, &r);
+    return r.ru_maxrss;
+}
+int main(void)
+{
+    enum { N = 1 << 18, D = 8 };
+    float *x = calloc(4 * (size_t)N * D, sizeof(float));
+    nf_pattern pattern = {.window = 64, .globals = 4};
+    nf_args a = {.batch = 1, .heads = 1, .q_tokens = N, .pattern = &pattern};
+    size_t bytes = K(workspace)(&a);
+    void *workspace = aligned_alloc(NF_ALIGN, bytes), *projection = NULL;
+    long before;
+    nf_status s = NF_OK;
+    for (size_t i = 0; i < 4 * (size_t)N * D; i++)
+        x[i] = (float)(i % 97) / 97;
+    a.q.data = x, a.k.data = x + N * D, a.v.data = x + 2 * N * D, a.out.data = x + 3 * N * D;
+#ifdef PROJECTION
+    projection = aligned_alloc(NF_ALIGN, K(projection_bytes)());
+    s = K(projection_init)(projection, 1, NULL);
+    a.projection = projection;
+#endif
+    before = peak();
+    if (s == NF_OK)
+        s = K(forward)(&a, workspace, bytes);
+    printf("%s; %ld KiB\\n", nf_status_text(s), peak() - before);
+    free(x), free(workspace), free(projection);
+    return 0;
+}
+"""
+
+
+@pytest.mark.parametrize("contract", [SPARSE, HYBRID])
+def test_memory_is_constant(contract: str, headers: Headers, tmp_path: Path) -> None:
+    """A call over 2^18 tokens touches its arrays and its workspace, nothing that grows."""
+    source = tmp_path / "a.c"
+    entry = f"#define K(name) nf_{contract}_cpu_##name\n" + ("#define PROJECTION\n" if contract == HYBRID else "")
+    source.write_text(include(contract, "NEARFAR_STATIC") + entry + MEMORY, encoding="utf-8")
+    run("gcc", "-std=gnu11", "-O1", "-w", "-I", headers(contract), source, "-o", tmp_path / "a.out")
+    told = re.fullmatch(r"ok; (\d+) KiB\n", run(tmp_path / "a.out"))
+    assert told and int(told[1]) < 2048
+
+
 @pytest.mark.parametrize("name", [file.name for file in sorted((ROOT / "examples").glob("*.c"))])
 def test_examples(name: str, headers: Headers, tmp_path: Path) -> None:
     source = ROOT / "examples" / name
@@ -247,7 +296,7 @@ def test_readme_example() -> None:
 def test_core_of_another_version(headers: Headers, tmp_path: Path) -> None:
     """Two headers of different core ABI in one file: an error that says so."""
     text = (headers(*SMALL) / f"nf_{SMALL[0]}_cpu.h").read_text(encoding="utf-8")
-    (tmp_path / "old.h").write_text(text.replace("NF_CORE_ABI 1", "NF_CORE_ABI 2"), encoding="utf-8")
+    (tmp_path / "old.h").write_text(text.replace("NF_CORE_ABI 2", "NF_CORE_ABI 1"), encoding="utf-8")
     source = tmp_path / "a.c"
     source.write_text('#include "old.h"\n' + include(SMALL[1]), encoding="utf-8")
     done = subprocess.run(

@@ -3,11 +3,11 @@
  * One argument struct for every operator and backend; zero means default. Packed sequences stand behind one another in
  * one batch entry, sequence s from cu_tokens[s] to cu_tokens[s + 1].
  */
-#if defined(NF_CORE_ABI) && NF_CORE_ABI != 1
+#if defined(NF_CORE_ABI) && NF_CORE_ABI != 2
 #error "two nearfar headers of different core ABI in one file: generate both with the same nearfar version"
 #endif
 #ifndef NF_CORE_ABI
-#define NF_CORE_ABI 1
+#define NF_CORE_ABI 2
 
 #include <stddef.h>
 #include <stdint.h>
@@ -112,8 +112,10 @@ typedef struct nf_pattern {
     uint32_t flags;               /* hybrid: NF_FAR_EXACT */
 } nf_pattern;
 
-#define NF_FAR_EXACT \
-    1u /* the other way round: features within the window, exact softmax to the globals, nothing else */
+/* The other way round: features (with their far_gain) within the window and the own block, exact softmax to the
+ * globals, nothing else; global queries are exact as ever. The far field of a state then holds the window up to the
+ * last token. */
+#define NF_FAR_EXACT 1u
 
 /* The arguments of every forward and decode. Sizes are counts, all of them signed 64 bit. */
 typedef struct nf_args {
