@@ -206,6 +206,49 @@ TEST_LIST(absorb, WITH_STATE)
     call_free(&c);
 }
 
+/* A chunk that asks for its last queries only: the keys before them are taken in all the same. */
+TEST_LIST(fewer_queries, WITH_STATE)
+{
+    const int64_t first = 2 * k->block + 13, ends[] = {first + 9, first + 70 + k->block};
+    for (int i = 0; i < (k->features && k->block ? 4 : 2); i++) {
+        const nf_pattern p = {
+            .window = i % 2 ? 0 : k->block + 5, .globals = 2, .flags = i / 2 ? NF_FAR_EXACT : 0};
+        const shape s = {.heads = 2, .q_tokens = ends[1], .norm = 5, .seed = 6, .pattern = &p};
+        call c = call_make(k, s);
+        call_reference(&c, 0);
+        call_state(&c);
+        EACH_WAY(k, w)
+        {
+            call_state(&c);
+            call_blank(&c);
+            CHECK(run_range(&c, w.forward, 0, first) == NF_OK, "%s", w.name);
+            for (int j = 0; j < 2; j++) {
+                const int64_t from = j ? ends[0] : first, n = ends[j] - from;
+                nf_args a = c.a;
+                double error;
+                a.q_tokens = 3;
+                a.kv_tokens = n;
+                a.q.data = row_at(a.q, 0, ends[j] - 3, 0);
+                a.k.data = row_at(a.k, 0, from, 0);
+                a.v.data = row_at(a.v, 0, from, 0);
+                a.out.data = row_at(out_tensor(&a), 0, ends[j] - 3, 0);
+                a.lse = NULL;
+                CHECK(w.forward(&a, c.workspace.data, c.bytes) == NF_OK, "%s", w.name);
+                error = 0;
+                for (int64_t t = ends[j] - 3; t < ends[j]; t++)
+                    for (int64_t x = 0; x < 2 * k->dim; x++) {
+                        const int64_t h = x / k->dim, d = x % k->dim;
+                        error = larger(error, fabs((double)row_at(out_tensor(&c.a), 0, t, h)[d] -
+                                                   c.ref[(h * ends[1] + t) * k->dim + d]));
+                    }
+                CHECK(error <= tolerance(10) * c.v_norm, "%s case %d, up to token %d: error %.3g", w.name, i,
+                      (int)ends[j], error / c.v_norm);
+            }
+        }
+        call_free(&c);
+    }
+}
+
 /* With a state, the full mask sees every key of the state and of the call. */
 TEST_LIST(full_with_state, FAVORS)
 {
