@@ -394,7 +394,8 @@ TEST_LIST(drawn, SPARSES)
               nf_pattern_bigbird(&p, n, b, 0, 1, -1, 1, 1, 0, NULL) == 0 &&
               nf_pattern_bigbird(&p, n, b, 0, 1, 1, -1, 1, 0, NULL) == 0 &&
               nf_pattern_bigbird(&p, n, b, 0, 1, 1, 1, 0, 0, NULL) == 0 &&
-              nf_pattern_bigbird(&p, INT64_MAX, b, 0, 1, 1, 1, 1, 0, NULL) == 0,
+              nf_pattern_bigbird(&p, INT64_MAX, b, 0, 1, 1, 1, 1, 0, NULL) == 0 &&
+              nf_pattern_bigbird(&p, n, INT64_MAX, 0, 1, 1, 1, 1, 0, NULL) == 0,
           "a pattern that cannot be");
 }
 

@@ -211,8 +211,7 @@ TEST_LIST(fewer_queries, WITH_STATE)
 {
     const int64_t first = 2 * k->block + 13, ends[] = {first + 9, first + 70 + k->block};
     for (int i = 0; i < (k->features && k->block ? 4 : 2); i++) {
-        const nf_pattern p = {
-            .window = i % 2 ? 0 : k->block + 5, .globals = 2, .flags = i / 2 ? NF_FAR_EXACT : 0};
+        const nf_pattern p = {.window = i % 2 ? 0 : k->block + 5, .globals = 2, .flags = i / 2 ? NF_FAR_EXACT : 0};
         const shape s = {.heads = 2, .q_tokens = ends[1], .norm = 5, .seed = 6, .pattern = &p};
         call c = call_make(k, s);
         call_reference(&c, 0);

@@ -331,7 +331,8 @@ static nf_status nf_check_state(const nf_plan *p)
     if (!nf_aligned(a->state, NF_ALIGN))
         return NF_E_ALIGN;
     if (head->magic != NF_MAGIC_STATE || head->abi != NF_CORE_ABI || head->contract != p->contract->hash ||
-        head->units != p->units || head->unit_bytes != (int64_t)p->state_unit)
+        head->units != p->units || head->unit_bytes != (int64_t)p->state_unit || head->globals != p->globals ||
+        head->ring != p->ring)
         return NF_E_STATE;
     for (int64_t u = p->begin; u < p->end; u++) {
         const nf_state_unit *unit = nf_state_at(p, u);

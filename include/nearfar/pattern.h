@@ -180,8 +180,8 @@ NF_UNUSED static int64_t nf_pattern_fill(nf_pattern *pattern, const nf_pattern_l
 {
     const int64_t limit = INT32_MAX;
     int64_t rows, offsets, keys = 0, at = 0;
-    if (l->tokens < 1 || l->tokens > limit || l->block < 1 || l->window < 0 || l->window > limit || l->globals < 0 ||
-        l->globals > limit || l->stride < 0 || l->random < 0 || l->lists < 1 || l->lists > limit)
+    if (l->tokens < 1 || l->tokens > limit || l->block < 1 || l->block > limit || l->window < 0 || l->window > limit ||
+        l->globals < 0 || l->globals > limit || l->stride < 0 || l->random < 0 || l->lists < 1 || l->lists > limit)
         return 0;
     rows = (l->tokens + l->block - 1) / l->block;
     if (l->lists > limit / (rows + 1))

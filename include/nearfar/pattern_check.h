@@ -59,6 +59,8 @@ static nf_status nf_check_pattern(nf_plan *p)
     nf_status status;
     if (!pattern)
         return NF_E_NULL;
+    if (!nf_aligned(pattern, sizeof(int64_t)))
+        return NF_E_ALIGN;
     if (pattern->window < 0 || pattern->window > (int64_t)1 << 40)
         return NF_E_WINDOW;
     if (!nf_aligned(pattern->dilation, sizeof(int32_t)) || !nf_aligned(pattern->far_gain, sizeof(float)))
