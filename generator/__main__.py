@@ -102,7 +102,7 @@ def list_operators() -> None:
         for number in operator.numbers:
             print(f"      {number.letter}  {number.text}: {number.rule}")
         some = next(contracts(name))
-        print(f"      {sum(1 for _ in contracts(name))} contracts, such as {some.name}; variants: {counts(some)}")
+        print(f"      such as {some.name}; variants: {counts(some)}")
     print("targets, in the order in which a header prefers them")
     for backend in BACKENDS:
         for target in TARGETS[backend]:

@@ -306,6 +306,7 @@ def add_commands(commands: Any) -> None:
         help="error against exact softmax at equal cost",
         description="Run sparse, favor, hybrid and a constant far field at about the same cost on real and synthetic\n"
         "inputs, causal, and compare with exact softmax. Takes about a minute. Written to tuned/.",
+        epilog="example: ./nearfar quality; the ways and their cost: generator/quality.py",
     )
     parser.set_defaults(run=guarded(quality))
 
@@ -375,7 +376,9 @@ def table(lines: list[dict[str, Any]]) -> str:
     rows = [["error against exact softmax", *cases]]
     for way in labels:
         cells = [mean(lines, c, way) for c in cases]
-        rows.append([way, *(f"[{x:.3f}]" if x == best[c] else f"{x:.3f} " for c, x in zip(cases, cells))])
+        rows.append(
+            [way, *(f"[{x:.3f}]" if f"{x:.3f}" == f"{best[c]:.3f}" else f"{x:.3f} " for c, x in zip(cases, cells))]
+        )
     costs = []
     for case in cases:
         spent = [line["kflop"] for line in lines if line["case"] == case and line["kflop"]]

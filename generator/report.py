@@ -345,14 +345,14 @@ def draw_time(results: list[Line]) -> Any:
     dims = sorted({parse(n).d for n in names})
     lengths = sorted({n for name in names for n in curve(results, name)})
     blues = iter(("#1f5f99", "#2a8f6f", "#8a5fb0", "#3aa5c9") * 8)
-    for name in names:
+    for place, name in enumerate(names):
         color = "#c44e2b" if name == baseline(name) else next(blues)
         points = sorted(curve(results, name).items())
         style = ("-", "--", ":", "-.")[(len(dims) - 1 - dims.index(parse(name).d)) % 4]
         axes.plot(*zip(*points), style, marker="o", markersize=3.5, color=color, label=name)
         at = crossover(curve(results, name), curve(results, baseline(name)))
         if at is not None:
-            mark_crossing(axes, dict(points), at, color)
+            mark_crossing(axes, dict(points), at, color, above=place % 2 == 0)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(lengths, [str(n) for n in lengths])
@@ -362,12 +362,13 @@ def draw_time(results: list[Line]) -> Any:
     return figure
 
 
-def mark_crossing(axes: Any, points: dict[int, float], at: float, color: str) -> None:
-    below, above = max(n for n in points if n <= at), min(n for n in points if n >= at)
-    part = 0 if above == below else math.log(at / below) / math.log(above / below)
-    height = math.exp((1 - part) * math.log(points[below]) + part * math.log(points[above]))
+def mark_crossing(axes: Any, points: dict[int, float], at: float, color: str, above: bool) -> None:
+    low, high = max(n for n in points if n <= at), min(n for n in points if n >= at)
+    part = 0 if high == low else math.log(at / low) / math.log(high / low)
+    height = math.exp((1 - part) * math.log(points[low]) + part * math.log(points[high]))
     axes.plot([at], [height], marker="o", markersize=10, markerfacecolor="none", markeredgecolor=color)
-    axes.annotate(f"{at:.0f}", (at, height), textcoords="offset points", xytext=(-6, 9), ha="right", color=color)
+    place: dict[str, Any] = {"xytext": (-6, 9), "ha": "right"} if above else {"xytext": (6, -15), "ha": "left"}
+    axes.annotate(f"{at:.0f}", (at, height), textcoords="offset points", color=color, **place)
 
 
 def draw_error(results: list[Line]) -> Any:

@@ -136,7 +136,7 @@ static nf_status faulty_forward(const nf_args *a, void *workspace, int fault, do
 FAULTS(FAULTY_DEFINE)
 
 #define FAULTY_ROW(name, microseconds, fault) \
-    {"nf_faulty_cpu_" #name, "c", faulty_##name, faulty_##name, faulty_##name##_supported},
+    {"nf_faulty_cpu_" #name, "c", faulty_##name, faulty_##name, NULL, faulty_##name##_supported},
 static const nf_variant faulty_table[] = {FAULTS(FAULTY_ROW)};
 
 const nf_variant *nf_faulty_cpu_variants(int32_t *count)

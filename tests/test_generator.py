@@ -542,7 +542,9 @@ def test_list() -> None:
     assert run("list", EXACT.name).stdout.count("needs") == len(space.space(EXACT))
 
 
-@pytest.mark.parametrize("command", [[], *([c] for c in "generate list check tune pack bench report test".split())])
+@pytest.mark.parametrize(
+    "command", [[], *([c] for c in "generate list check tune pack bench report quality test".split())]
+)
 def test_help(command: list[str]) -> None:
     done = run(*command, "--help")
     assert done.returncode == 0 and "./nearfar" in done.stdout and done.stderr == ""

@@ -27,30 +27,33 @@ extern "C" {
 /* Every status: name, value, what was wrong. On any status but NF_OK nothing has been written. */
 #define NF_STATUS_LIST(X) \
     X(NF_OK, 0, "ok") \
-    X(NF_E_NULL, -1, "a pointer that this call needs is null") \
+    X(NF_E_NULL, -1, \
+      "a pointer that this call needs is null (a tensor, workspace, projection, pattern or its list, state, lse)") \
     X(NF_E_SIZE, -2, "batch and heads must be at least 1, and no size negative") \
     X(NF_E_HEADS, -3, "heads must be a multiple of kv_heads") \
     X(NF_E_TOKENS, -4, "causal and decode need kv_tokens >= q_tokens; decode with a state needs kv_tokens = q_tokens") \
     X(NF_E_OVERFLOW, -5, "a product of sizes and strides exceeds the address range") \
     X(NF_E_STRIDE, -6, "a stride is negative, below the head dim, or lets rows of out overlap") \
     X(NF_E_SCALE, -7, "scale must be from 0 to 1e30 (0 means 1/sqrt(D))") \
-    X(NF_E_MASK, -8, "mask must be NF_CAUSAL or NF_FULL") \
+    X(NF_E_MASK, -8, "mask must be NF_CAUSAL or NF_FULL; decode, hybrid and a state with a window are causal only") \
     X(NF_E_PACKED, -9, "cu_tokens must rise from 0 to q_tokens = kv_tokens, with batch 1") \
     X(NF_E_SPLIT, -10, "split_begin and split_count must lie within batch (or sequences) * kv_heads") \
     X(NF_E_ALIGN, -11, "workspace, projection and state must be aligned to NF_ALIGN, tensors to their elements") \
     X(NF_E_WORKSPACE, -12, "the workspace is smaller than the workspace function asks for") \
     X(NF_E_OVERLAP, -13, "memory to be written overlaps other memory of the call") \
     X(NF_E_PROJECTION, -14, "this is not a projection of this contract, or it was never initialised") \
-    X(NF_E_STATE, -15, "this state is of another contract, projection, scale or number of units, or was never reset") \
+    X(NF_E_STATE, -15, \
+      "this state is of another contract, projection, scale, pattern or number of units, or was never reset") \
     X(NF_E_PATTERN, -16, \
-      "the pattern lets no key be seen, or asks for what this call cannot give: lists need the keys, not a state") \
+      "the pattern is empty, or has what this call does not take: lists with a state; dilation or blocks in hybrid") \
     X(NF_E_VALUE, -17, \
       "a matrix or sample is not finite or too large, tau is not in [0.001, 1], or a flag is unknown") \
     X(NF_E_UNSUPPORTED, -18, "this processor or device lacks what the variant needs") \
     X(NF_E_WINDOW, -19, "window must be from 0 to 2^40, every dilation from 1 to 2^20") \
     X(NF_E_GLOBALS, -20, "globals must not be negative, global_tokens must rise strictly within the keys") \
     X(NF_E_BLOCKS, -21, \
-      "block_offsets must rise from 0 to block_count and cover every query, block_keys rise strictly within the keys")
+      "block must be the contract's, offsets rise from 0 to block_count over all queries, blocks rise within the " \
+      "keys")
 
 typedef enum nf_status {
 #define NF_STATUS_ENUM(name, value, text) name = value,
@@ -90,12 +93,16 @@ typedef struct nf_output {
 
 /* Which keys a query sees, within the mask: the union of the parts, each key once. Positions count from the first token
  * of the sequence (with a state: from the first token that it has seen). The query of the last token sees the last key.
- *   window    sparse: the last `window` keys, the query's own among them (NF_FULL: as many on the other side too), of a
- *             head with dilation d every d-th of them. hybrid: at least so many keys before the query's, in whole
- * blocks. globals   the first `globals` tokens and those listed: every query sees them, and they see every key. blocks
- * sparse: query block b of list h sees the key blocks block_keys[block_offsets[h * (block_rows + 1) + b]] up to that of
- * b + 1. Offsets run through all lists: the first is 0, the last block_count. A state carries window and `globals`; for
- * listed tokens and blocks the call must hold all the keys. */
+ *
+ * window: sparse, the last `window` keys, the query's own among them (NF_FULL: as many on the other side too), of a
+ * head with dilation d every d-th of them; hybrid, at least so many keys before the query's, in whole blocks.
+ *
+ * globals: the first `globals` tokens and those listed. Every query sees them, and they see every key.
+ *
+ * blocks (sparse only): query block b of list h sees the key blocks block_keys[block_offsets[h * (block_rows + 1) + b]]
+ * up to that of b + 1. Offsets run through all lists: the first is 0, the last block_count.
+ *
+ * A state carries window and `globals`; for listed tokens and blocks the call must hold all the keys. */
 typedef struct nf_pattern {
     int64_t window;               /* 0: none (hybrid: the query's own block alone) */
     const int32_t *dilation;      /* [heads], or NULL: 1 for all */

@@ -80,6 +80,8 @@ static nf_status nf_check_pattern(nf_plan *p)
     if ((c->features && dilation > 1) ||
         (!c->features && !pattern->window && !pattern->globals && !pattern->global_count && !pattern->block_offsets))
         return NF_E_PATTERN;
+    if (a->state && (pattern->global_count || pattern->block_offsets))
+        return NF_E_PATTERN;
     if (a->cu_tokens) {
         tokens = 0;
         for (int64_t s = 0; s < a->sequences; s++)
@@ -91,8 +93,6 @@ static nf_status nf_check_pattern(nf_plan *p)
         return NF_E_MASK;
     if (a->mask == NF_FULL && a->kv_tokens != a->q_tokens)
         return NF_E_TOKENS;
-    if (a->state && (pattern->global_count || pattern->block_offsets))
-        return NF_E_PATTERN;
     p->globals = pattern->globals;
     if (c->features) {
         p->window = (pattern->window + c->block - 1) / c->block;
