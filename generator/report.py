@@ -344,9 +344,9 @@ def draw_time(results: list[Line]) -> Any:
     figure, axes = new_axes("attention on one core: time per token and head")
     dims = sorted({parse(n).d for n in names})
     lengths = sorted({n for name in names for n in curve(results, name)})
-    blues = iter(("#1f5f99", "#2a8f6f", "#8a5fb0", "#3aa5c9") * 8)
+    cool = iter(("#1f5f99", "#2a8f6f", "#8a5fb0", "#3aa5c9", "#b08a2e", "#555555") * 8)
     for place, name in enumerate(names):
-        color = "#c44e2b" if name == baseline(name) else next(blues)
+        color = "#c44e2b" if name == baseline(name) else next(cool)
         points = sorted(curve(results, name).items())
         style = ("-", "--", ":", "-.")[(len(dims) - 1 - dims.index(parse(name).d)) % 4]
         axes.plot(*zip(*points), style, marker="o", markersize=3.5, color=color, label=name)
