@@ -11,7 +11,7 @@ import argparse
 import ctypes
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from . import build, inputs, report
@@ -241,7 +241,6 @@ class Kernel:
 
     library: ctypes.CDLL
     name: str
-    kept: list[Any] = field(default_factory=list)
 
     def entry(self, what: str, result: Any = ctypes.c_int) -> Any:
         function = getattr(self.library, f"nf_{self.name}_cpu_{what}")
