@@ -131,11 +131,11 @@ def render(recipe: Recipe, root: Path = ROOT) -> str:
             targets=list(dict.fromkeys(v.target for v in recipe.variants)),
             version=__version__,
             recipe=recipe.command,
+            file_name=recipe.file_name,
             content=PLACEHOLDER,
             licence=(root / "LICENSE").read_text(encoding="utf-8"),
         )
     )
-    text = say_once(text)
     text = re.sub(r"[ \t\r]+$", "", text, flags=re.MULTILINE)
     text = re.sub(r"\n{3,}", "\n\n", text).strip("\n") + "\n"  # comments of templates leave empty lines
     text = re.sub(r"\bnf_", recipe.prefix, text)
@@ -144,18 +144,6 @@ def render(recipe: Recipe, root: Path = ROOT) -> str:
     if PLACEHOLDER not in banner:
         raise ValueError("the frame's first comment must hold the recipe and the content hash")
     return banner.replace(PLACEHOLDER, sha256(body), 1) + body
-
-
-def say_once(text: str) -> str:
-    """Every target's copy of a kernel is the same text: what a comment has explained, it need not explain again."""
-    said: set[str] = set()
-
-    def first(match: re.Match[str]) -> str:
-        again = match[1] in said
-        said.add(match[1])
-        return "" if again else match[0]
-
-    return re.sub(r"[ \t]*(/\*(?:[^*]|\*(?!/))*\*/)(?=\n)", first, text)
 
 
 def split_banner(text: str) -> tuple[str, str]:
