@@ -22,6 +22,11 @@ class Number:
     text: str
     rule: str
     values: tuple[int, ...]
+    optional: bool = False
+
+    def __str__(self) -> str:
+        text = f"{self.letter}<{self.letter.upper()}>"
+        return f"[{text}]" if self.optional else text
 
 
 @dataclass(frozen=True)
@@ -36,17 +41,20 @@ class Operator:
     def pattern(self, name: str) -> str:
         """How the operator's contracts are written: favor_<cosh|exp>_f32_d<D>_m<M>."""
         words = [one_of(choices) for choices in (self.maps, self.dtypes) if choices]
-        return "_".join([name, *words, *(f"{n.letter}<{n.letter.upper()}>" for n in self.numbers)])
+        return "_".join([name, *words, *map(str, self.numbers)])
 
 
 D = Number("d", "head dim", "a multiple of 8 from 8 to 256", tuple(range(8, 257, 8)))
+V = Number("v", "value dim, if not the head dim", "a multiple of 8 from 8 to 256", D.values, optional=True)
 M = Number("m", "features (cosh: both signs counted)", "8, or a multiple of 16 up to 1024", (8, *range(16, 1025, 16)))
 
 B = Number("b", "block of tokens", "a multiple of 16 from 16 to 512", tuple(range(16, 513, 16)))
 
+DTYPES = ("f32", "bf16", "f16")
+
 # The schema. A new operator is one entry here, one in space.py and its templates.
 OPERATORS = {
-    "favor": Operator("softmax attention estimated by positive random features", ("cosh", "exp"), ("f32",), (D, M)),
+    "favor": Operator("softmax attention estimated by positive random features", ("cosh", "exp"), DTYPES, (D, V, M)),
     "exact": Operator("softmax attention, the exact baseline", (), ("f32",), (D,)),
     "sparse": Operator("softmax attention over a pattern: window, globals, blocks", (), ("f32",), (D, B)),
     "hybrid": Operator("exact near by, random features far away, one sum", ("cosh", "exp"), ("f32",), (D, M, B)),
@@ -61,13 +69,19 @@ class Contract:
     map: str
     dtype: str
     d: int
+    v: int = 0
     m: int = 0
     b: int = 0
 
     @property
     def name(self) -> str:
-        numbers = [f"{n.letter}{getattr(self, n.letter)}" for n in OPERATORS[self.operator].numbers]
+        numbers = [f"{n.letter}{x}" for n in OPERATORS[self.operator].numbers if (x := getattr(self, n.letter))]
         return "_".join([self.operator, *([self.map] if self.map else []), self.dtype, *numbers])
+
+    @property
+    def values(self) -> int:
+        """Value dim: the head dim where the name has no v."""
+        return self.v or self.d
 
     @property
     def rows(self) -> int:
@@ -92,8 +106,8 @@ def parse(name: str) -> Contract:
     head, *words = name.split("_")
     operator = OPERATORS[choice(where, "operator", head, OPERATORS)]
     texts = {"map": operator.maps, "dtype": operator.dtypes}
-    slots = [field for field in texts if texts[field]] + [n.letter for n in operator.numbers]
-    numbers = {n.letter: n for n in operator.numbers}
+    numbers = {n.letter: n for n in operator.numbers if not n.optional or any(w.startswith(n.letter) for w in words)}
+    slots = [field for field in texts if texts[field]] + list(numbers)
     values: dict[str, Any] = {"operator": head, "map": ""}
     if operator.maps and words[:1] and words[0] in operator.dtypes:
         raise UsageError(f"{where}: field 'map' is missing: write {operator.pattern(head)}")
@@ -103,6 +117,8 @@ def parse(name: str) -> Contract:
         if slot is None:
             raise UsageError(f"{where}: field {shown(word)} is unknown: write {operator.pattern(head)}")
         values[slot] = number(where, numbers[slot], word) if slot in numbers else choice(where, slot, word, texts[slot])
+    if values.get("v") == values.get("d"):
+        raise UsageError(f"{where}: field 'v' = {values['v']}: is the head dim; leave it out")
     return Contract(**values)
 
 
@@ -133,7 +149,7 @@ def contracts(operator: str | None = None) -> Iterator[Contract]:
     for name, op in OPERATORS.items():
         if operator in (None, name):
             for map_, dtype in product(op.maps or ("",), op.dtypes):
-                for values in product(*(n.values for n in op.numbers)):
+                for values in product(*((0,) if n.optional else n.values for n in op.numbers)):
                     yield Contract(name, map_, dtype, **{n.letter: v for n, v in zip(op.numbers, values)})
 
 

@@ -19,7 +19,7 @@ struct nf_plan;
 /* What the common code must know of a contract. */
 typedef struct nf_contract {
     uint64_t hash;                                    /* FNV-1a of the contract's name */
-    int64_t dim;                                      /* D, of queries, keys and values */
+    int64_t dim, values;                              /* D of queries and keys, V of values and outputs */
     int64_t features;                                 /* M; 0: no projection */
     int64_t block;                                    /* tokens of a block of the pattern; 0: takes no pattern */
     size_t element;                                   /* bytes of a tensor element */
@@ -168,13 +168,13 @@ static int nf_overlap(const void *a, size_t na, const void *b, size_t nb)
 }
 
 /* Fill in a tensor's dense strides, and its extent in bytes: 0 where there are no tokens. */
-static nf_status nf_extent(const nf_contract *c, int64_t batch, int64_t tokens, int64_t heads, const void *data,
-                           int64_t *batch_stride, int64_t *token_stride, int64_t *head_stride, int writable,
-                           size_t *bytes)
+static nf_status nf_extent(const nf_contract *c, int64_t dim, int64_t batch, int64_t tokens, int64_t heads,
+                           const void *data, int64_t *batch_stride, int64_t *token_stride, int64_t *head_stride,
+                           int writable, size_t *bytes)
 {
-    const int64_t width = nf_product(heads, c->dim);
-    int64_t count[3] = {heads, tokens, batch}, stride[3], extent = c->dim;
-    stride[0] = *head_stride ? *head_stride : c->dim;
+    const int64_t width = nf_product(heads, dim);
+    int64_t count[3] = {heads, tokens, batch}, stride[3], extent = dim;
+    stride[0] = *head_stride ? *head_stride : dim;
     stride[1] = *token_stride ? *token_stride : width;
     stride[2] = *batch_stride ? *batch_stride : nf_product(tokens, stride[1]);
     if (*head_stride < 0 || *token_stride < 0 || *batch_stride < 0)
@@ -192,7 +192,7 @@ static nf_status nf_extent(const nf_contract *c, int64_t batch, int64_t tokens, 
         const int64_t reach = nf_product(count[i] - 1, stride[i]);
         if (reach < 0 || nf_product(extent + reach, (int64_t)c->element) < 0)
             return NF_E_OVERFLOW;
-        if (stride[i] < c->dim || (writable && count[i] > 1 && stride[i] < extent))
+        if (stride[i] < dim || (writable && count[i] > 1 && stride[i] < extent))
             return NF_E_STRIDE;
         extent += reach;
     }
@@ -234,7 +234,7 @@ static nf_status nf_check_shape(const nf_contract *c, const nf_args *args, nf_pl
     p->contract = c;
     p->grads = NULL;
     p->window = p->globals = p->ring = 0;
-    p->state_unit = sizeof(nf_state_unit) + (size_t)(c->features * (c->dim + 2)) * sizeof(float);
+    p->state_unit = sizeof(nf_state_unit) + (size_t)(c->features * (c->values + 2)) * sizeof(float);
     if (a->batch < 1 || a->heads < 1 || a->kv_heads < 0 || a->q_tokens < 0 || a->kv_tokens < 0 || a->sequences < 0)
         return NF_E_SIZE;
     if (a->kv_heads == 0)
@@ -266,8 +266,9 @@ static nf_status nf_check_shape(const nf_contract *c, const nf_args *args, nf_pl
         return NF_E_PACKED;
     }
     p->units = nf_product(a->cu_tokens ? a->sequences : a->batch, a->kv_heads);
-    if (p->units < 0 || nf_product(nf_product(nf_product(a->batch, a->heads), a->q_tokens), c->dim * 8) < 0 ||
-        nf_product(nf_product(nf_product(a->batch, a->kv_heads), a->kv_tokens), c->dim * 8) < 0)
+    if (p->units < 0 ||
+        nf_product(nf_product(nf_product(a->batch, a->heads), a->q_tokens), (c->dim + c->values) * 8) < 0 ||
+        nf_product(nf_product(nf_product(a->batch, a->kv_heads), a->kv_tokens), (c->dim + c->values) * 8) < 0)
         return NF_E_OVERFLOW;
     if (c->block) {
         const nf_status status = c->check_pattern(p);
@@ -390,12 +391,12 @@ static nf_status nf_check_inputs(nf_plan *p, nf_memory *m)
     nf_args *a = &p->args;
     size_t q, k, v;
     nf_status status;
-    if ((status = nf_extent(c, a->batch, a->q_tokens, a->heads, a->q.data, &a->q.batch_stride, &a->q.token_stride,
-                            &a->q.head_stride, 0, &q)) != NF_OK ||
-        (status = nf_extent(c, a->batch, a->kv_tokens, a->kv_heads, a->k.data, &a->k.batch_stride, &a->k.token_stride,
-                            &a->k.head_stride, 0, &k)) != NF_OK ||
-        (status = nf_extent(c, a->batch, a->kv_tokens, a->kv_heads, a->v.data, &a->v.batch_stride, &a->v.token_stride,
-                            &a->v.head_stride, 0, &v)) != NF_OK ||
+    if ((status = nf_extent(c, c->dim, a->batch, a->q_tokens, a->heads, a->q.data, &a->q.batch_stride,
+                            &a->q.token_stride, &a->q.head_stride, 0, &q)) != NF_OK ||
+        (status = nf_extent(c, c->dim, a->batch, a->kv_tokens, a->kv_heads, a->k.data, &a->k.batch_stride,
+                            &a->k.token_stride, &a->k.head_stride, 0, &k)) != NF_OK ||
+        (status = nf_extent(c, c->values, a->batch, a->kv_tokens, a->kv_heads, a->v.data, &a->v.batch_stride,
+                            &a->v.token_stride, &a->v.head_stride, 0, &v)) != NF_OK ||
         (status = nf_check_projection(p)) != NF_OK)
         return status;
     nf_claim(m, a->q.data, q);
@@ -431,8 +432,8 @@ static nf_status nf_check(const nf_contract *c, const nf_args *args, void *works
     if (decode && stateful && a->state && a->kv_tokens != a->q_tokens)
         return NF_E_TOKENS;
     if ((status = nf_check_inputs(p, &m)) != NF_OK ||
-        (status = nf_extent(c, a->batch, a->q_tokens, a->heads, a->out.data, &a->out.batch_stride, &a->out.token_stride,
-                            &a->out.head_stride, 1, &m.bytes[0])) != NF_OK ||
+        (status = nf_extent(c, c->values, a->batch, a->q_tokens, a->heads, a->out.data, &a->out.batch_stride,
+                            &a->out.token_stride, &a->out.head_stride, 1, &m.bytes[0])) != NF_OK ||
         (status = nf_check_state(p)) != NF_OK || (status = nf_check_workspace(c, workspace, bytes)) != NF_OK)
         return status;
     if (a->lse && !nf_aligned(a->lse, sizeof(float)))
@@ -460,16 +461,16 @@ NF_UNUSED static nf_status nf_check_backward(const nf_contract *c, const nf_args
         return status;
     for (int i = 0; i < 2; i++) {
         size_t extent;
-        if ((status = nf_extent(c, a->batch, a->q_tokens, a->heads, read[i]->data, &read[i]->batch_stride,
+        if ((status = nf_extent(c, c->values, a->batch, a->q_tokens, a->heads, read[i]->data, &read[i]->batch_stride,
                                 &read[i]->token_stride, &read[i]->head_stride, 0, &extent)) != NF_OK)
             return status;
         nf_claim(&m, read[i]->data, extent);
     }
     for (int i = 0; i < 3; i++) {
         m.at[i] = written[i]->data;
-        if ((status = nf_extent(c, a->batch, i ? a->kv_tokens : a->q_tokens, i ? a->kv_heads : a->heads,
-                                written[i]->data, &written[i]->batch_stride, &written[i]->token_stride,
-                                &written[i]->head_stride, 1, &m.bytes[i])) != NF_OK)
+        if ((status = nf_extent(c, i < 2 ? c->dim : c->values, a->batch, i ? a->kv_tokens : a->q_tokens,
+                                i ? a->kv_heads : a->heads, written[i]->data, &written[i]->batch_stride,
+                                &written[i]->token_stride, &written[i]->head_stride, 1, &m.bytes[i])) != NF_OK)
             return status;
     }
     if (!grads->lse && a->q_tokens)
@@ -531,7 +532,7 @@ static nf_unit nf_unit_at(const nf_plan *p, int64_t unit, nf_unit_grads *grads)
     if (a->state && !p->grads) {
         u.state = nf_state_at(p, unit);
         u.past = u.state->tokens;
-        u.near_key = (float *)(void *)(u.state + 1) + p->contract->features * (p->contract->dim + 2);
+        u.near_key = (float *)(void *)(u.state + 1) + p->contract->features * (p->contract->values + 2);
         u.near_value = u.near_key + (p->globals + p->ring) * p->contract->dim;
     }
     if (p->grads) {

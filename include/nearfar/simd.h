@@ -188,7 +188,8 @@ NF_INLINE NF_V16 nf_v16_t nf_v16_floor(nf_v16_t x)
     return _mm512_floor_ps(x);
 }
 
-#define NF_V8 __attribute__((target("avx2,fma")))
+/* Every processor with AVX2 and FMA has F16C, too. */
+#define NF_V8 __attribute__((target("avx2,fma,f16c")))
 #define NF_V8_LANES 8
 typedef __m256 nf_v8_t;
 

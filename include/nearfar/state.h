@@ -136,7 +136,7 @@ static nf_status nf_state_reset(const nf_contract *c, const nf_args *args)
 /* What a unit with so many rows in its near field takes, or -1. */
 static int64_t nf_state_unit_bytes(const nf_contract *c, int64_t globals, int64_t ring)
 {
-    const int64_t limit = (int64_t)1 << 46, far = c->features * (c->dim + 2) * (int64_t)sizeof(float);
+    const int64_t limit = (int64_t)1 << 46, far = c->features * (c->values + 2) * (int64_t)sizeof(float);
     const int64_t rows = globals < 0 || ring < 0 || globals > limit || ring > limit ? -1 : globals + ring;
     const int64_t near = nf_product(rows, c->dim * 2 * (int64_t)sizeof(float));
     return near < 0 ? -1 : (int64_t)sizeof(nf_state_unit) + far + near;
@@ -173,7 +173,7 @@ static nf_status nf_state_merge(const nf_contract *c, void *dst, const void *a, 
         const nf_state_unit *x = (const nf_state_unit *)(const void *)((const char *)a + at);
         const nf_state_unit *y = (const nf_state_unit *)(const void *)((const char *)b + at);
         const int64_t tokens = x->tokens + y->tokens;
-        nf_far_merge(to, x, y, (int)c->features, (int)c->dim);
+        nf_far_merge(to, x, y, (int)c->features, (int)c->values);
         if (c->block)
             for (int i = 0; i < 2; i++) { /* keys, values */
                 const int64_t rows = i * (ha->globals + ha->ring) * c->dim;
