@@ -179,7 +179,8 @@ static inline void call_fill(call *c, shape s)
             oracle_inputs(s.kind, s.norm, (double)s.scale, seed, c->k->dim, group * n, m, (float *)(void *)q.data,
                           (float *)(void *)k.data, (float *)(void *)v.data);
             for (int64_t i = 0; i < (group * n + m) * c->k->dim && c->k->map == ORACLE_IDENTITY; i++) {
-                float *x = i < m * c->k->dim ? (float *)(void *)k.data + i : (float *)(void *)q.data + i - m * c->k->dim;
+                float *x =
+                    i < m * c->k->dim ? (float *)(void *)k.data + i : (float *)(void *)q.data + i - m * c->k->dim;
                 *x = fabsf(*x); /* features that the caller made: a sum of signed weights divides badly */
             }
             for (int64_t i = 0; i < group * n; i++)

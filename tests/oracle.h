@@ -412,9 +412,9 @@ ORACLE_FN void oracle_favor(const oracle_head *h, double *out, double *lse)
  *
  *     A_ij = scale phi(q_i) . phi(k_j) e^(decay (i - j)),   out_i = sum_j A_ij v_j / sum_j A_ij,   lse_i = sum_j A_ij
  *
- * with phi(x) = elu(x) + 1, max(x, 0), x; taylor2: A_ij = 1 + s + s^2/2 of s = scale q_i . k_j instead; softmaxqk: phi of a
- * query is its softmax, phi of a key its share in every channel's softmax over the keys. Unnormalised: out_i = sum_j A_ij
- * v_j. A row without weights is 0.
+ * with phi(x) = elu(x) + 1, max(x, 0), x; taylor2: A_ij = 1 + s + s^2/2 of s = scale q_i . k_j instead; softmaxqk: phi
+ * of a query is its softmax, phi of a key its share in every channel's softmax over the keys. Unnormalised: out_i =
+ * sum_j A_ij v_j. A row without weights is 0.
  */
 
 ORACLE_FN int oracle_values(const oracle_head *h)
@@ -545,8 +545,8 @@ ORACLE_FN void oracle_features_back(const oracle_head *h, const float *row, int 
     free(p.x);
 }
 
-/* linear: with n_i = sum_j A_ij (unnormalised: 1, and no out_i), dv_j = sum_i A_ij dout_i / n_i and the gradient by A_ij is
- * dout_i . (v_j - out_i) / n_i + dlse_i. */
+/* linear: with n_i = sum_j A_ij (unnormalised: 1, and no out_i), dv_j = sum_i A_ij dout_i / n_i and the gradient by
+ * A_ij is dout_i . (v_j - out_i) / n_i + dlse_i. */
 ORACLE_FN void oracle_linear_backward(const oracle_head *h, const oracle_loss *loss)
 {
     const int dim = h->dim, values = oracle_values(h);

@@ -31,8 +31,8 @@ static const lists valid_lists = {{1, 1, 1, 1}, {2, 5, 9},    {0, 1, 1}, {0, 1, 
 
 static block *victim_block(victim *v, int i)
 {
-    block *const all[] = {&v->c.q,         &v->c.key,        &v->c.v,     &v->c.out,     &v->c.lse, &v->dq,
-                          &v->c.workspace, &v->c.projection, &v->c.state, &v->c.pattern, &v->other, &v->dk,
+    block *const all[] = {&v->c.q,         &v->c.key,        &v->c.v,     &v->c.out,     &v->c.lse,  &v->dq,
+                          &v->c.workspace, &v->c.projection, &v->c.state, &v->c.pattern, &v->other,  &v->dk,
                           &v->spare,       &v->lists,        &v->dout,    &v->dv,        &v->c.decay};
     return i < 17 ? all[i] : NULL;
 }

@@ -453,7 +453,8 @@ TEST_LIST(merge_trees, UNORDERED)
 {
     static const double norms[] = {3, 10, 40};
     for (size_t i = 0; i < 3; i++) {
-        const shape s = {.heads = 2, .q_tokens = LONG, .kind = ORACLE_MIXED, .norm = norms[i], .seed = 20 + i, .steady = 1};
+        const shape s = {
+            .heads = 2, .q_tokens = LONG, .kind = ORACLE_MIXED, .norm = norms[i], .seed = 20 + i, .steady = 1};
         oracle_random random = {i};
         call c = call_make(k, s);
         block sequential;
@@ -543,8 +544,8 @@ TEST_LIST(merge_in_order, SPARSES)
     }
 }
 
-/* With decay, states follow one another: a merged state goes on as the whole stream would, and how three were put together
- * does not matter. */
+/* With decay, states follow one another: a merged state goes on as the whole stream would, and how three were put
+ * together does not matter. */
 TEST_LIST(merge_decaying, CAUSAL_LINEARS)
 {
     oracle_random random = {5};
@@ -565,7 +566,8 @@ TEST_LIST(merge_decaying, CAUSAL_LINEARS)
         CHECK(k->state_merge(left.data, left.data, part[2].data) == NF_OK, "merge");
         CHECK(k->state_merge(right.data, part[1].data, part[2].data) == NF_OK, "merge");
         CHECK(k->state_merge(right.data, part[0].data, right.data) == NF_OK, "merge");
-        CHECK(state_difference(&c, &left, &right) <= tolerance(10), "grouping: %.3g", state_difference(&c, &left, &right));
+        CHECK(state_difference(&c, &left, &right) <= tolerance(10), "grouping: %.3g",
+              state_difference(&c, &left, &right));
         c.a.state = i % 2 ? left.data : right.data;
         CHECK(run_range(&c, k->forward, cut[3], s.q_tokens) == NF_OK, "rest");
         CHECK(call_error(&c, cut[3]) <= tolerance(10), "cut at %d and %d: error %.3g", (int)cut[1], (int)cut[2],

@@ -571,8 +571,9 @@ static nf_unit nf_unit_at(const nf_plan *p, int64_t unit, nf_unit_grads *grads)
     u.decay = nf_decay(p, unit);
     u.mask = a->mask;
     u.flags = a->flags;
-    u.projection =
-        a->projection && p->contract->projection ? (const char *)a->projection + (size_t)h * a->projection_stride : NULL;
+    u.projection = a->projection && p->contract->projection
+                       ? (const char *)a->projection + (size_t)h * a->projection_stride
+                       : NULL;
     u.pattern = a->pattern;
     u.first_head = head;
     u.window = p->window, u.globals = p->globals, u.ring = p->ring;

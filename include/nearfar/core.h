@@ -35,7 +35,9 @@ extern "C" {
     X(NF_E_OVERFLOW, -5, "a product of sizes and strides exceeds the address range") \
     X(NF_E_STRIDE, -6, "a stride is negative, below the head dim, or lets rows of out overlap") \
     X(NF_E_SCALE, -7, "scale must be from 0 to 1e30 (0 means 1/sqrt(D))") \
-    X(NF_E_MASK, -8, "mask must be NF_CAUSAL or NF_FULL; decode, hybrid and a state with a window are causal only, softmaxqk is full " \
+    X(NF_E_MASK, -8, \
+      "mask must be NF_CAUSAL or NF_FULL; decode, hybrid and a state with a window are causal only, softmaxqk is " \
+      "full " \
       "only") \
     X(NF_E_PACKED, -9, "cu_tokens must rise from 0 to q_tokens = kv_tokens, with batch 1") \
     X(NF_E_SPLIT, -10, "split_begin and split_count must lie within batch (or sequences) * kv_heads") \
@@ -189,8 +191,9 @@ typedef struct nf_projection_head {
 /* A state: one nf_state_head, then for every batch entry (or sequence) and kv head an nf_state_unit followed by what
  * the operator carries. Far field, float R[M], z[M], S[M][D]: feature r holds z = sum_j 2^(l_jr - R) and S = sum_j
  * 2^(l_jr - R) v_j over the keys j seen so far, l the base-2 exponent of the key's feature and R a whole number (-1e30
- * while no key was seen; linear: 0, but for softmaxqk), all of it fading with the decay up to the last key. Near field, float K[rows][D], V[rows][D], rows = globals + ring: the first tokens, then the
- * token at position p in row globals + p % ring. */
+ * while no key was seen; linear: 0, but for softmaxqk), all of it fading with the decay up to the last key. Near field,
+ * float K[rows][D], V[rows][D], rows = globals + ring: the first tokens, then the token at position p in row globals +
+ * p % ring. */
 typedef struct nf_state_head {
     uint32_t magic, abi;
     uint64_t contract;

@@ -41,8 +41,8 @@ NF_UNUSED static void nf_state_empty(int m, int width, float *r, float *z, float
         r[i] = NF_NO_KEY;
 }
 
-/* dst = a + b of one unit, feature by feature on the larger of both references, a having decayed over b's tokens; dst may
- * be a or b. */
+/* dst = a + b of one unit, feature by feature on the larger of both references, a having decayed over b's tokens; dst
+ * may be a or b. */
 static void nf_far_merge(nf_state_unit *dst, const nf_state_unit *a, const nf_state_unit *b, int m, int dim)
 {
     const float left = (float)nf_exp((double)a->decay * (double)b->tokens);
