@@ -195,7 +195,10 @@ static double near_keys(const kernel *k, int64_t tokens)
 /* GEMM flops per token and head. */
 static double flops(const kernel *k, const char *suffix, int64_t tokens)
 {
-    const double d = k->d, m = k->m, t = kernel_chunk(suffix) / 2.0, far = 4 * k->rows * d + 4 * m * d;
+    const double d = k->d, m = k->op != LINEAR ? k->m : k->map == ORACLE_TAYLOR2 ? 1 + d + d * (d + 1) / 2 : d;
+    const double t = kernel_chunk(suffix) / 2.0, far = 4 * k->rows * d + 4 * m * d;
+    if (k->op == LINEAR)
+        return kernel_full_only(k) ? far : far + 4 * t * d;
     return k->op == FAVOR ? far + 2 * t * (m + d) : far + 4 * d * near_keys(k, tokens);
 }
 
@@ -383,7 +386,8 @@ static void decode(const way *list, int count)
     double possible[MAX_SUBJECTS], fastest;
     int n = 0;
     for (int i = 0; i < count; i++)
-        for (int c = 0; c < (kernel_stateful(list[i].kernel) ? 1 : opt.caches) && n < MAX_SUBJECTS; c++, n++) {
+        for (int c = kernel_full_only(list[i].kernel); /* no decode */
+             c < (kernel_stateful(list[i].kernel) ? 1 : opt.caches) && n < MAX_SUBJECTS; c++, n++) {
             const int64_t cached = kernel_stateful(list[i].kernel) ? DECODE_BEFORE : opt.cached[c];
             of[n] = &list[i];
             data[n] = arrays_new(DECODE_BEFORE * DECODE_HEADS, cached * DECODE_HEADS, list[i].kernel->d, 3);
@@ -809,7 +813,7 @@ static double input_fit(const way *w, const input *in, int mask, int fit, double
         nf_args a = kernel_args(k, in->batch, in->tokens, in->heads, in->q, in->k, in->v, out, projections);
         subject s;
         a.projection_stride = k->m ? k->projection_bytes() : 0;
-        a.mask = mask;
+        a.mask = kernel_full_only(k) ? NF_FULL : mask;
         s = subject_new(k, w->variant, &a);
         run_launches(&s, 1);
         sum += input_error(in, out, mask, worst);

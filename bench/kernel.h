@@ -32,7 +32,8 @@ typedef struct kernel_code {
 
 typedef struct kernel {
     const char *name, *contract;
-    enum { FAVOR, EXACT, SPARSE, HYBRID } op;
+    enum { FAVOR, LINEAR, EXACT, SPARSE, HYBRID } op;
+    oracle_map map; /* of linear */
     int cosh, d, m, rows, b;
     nf_pattern pattern;       /* what is measured: kernel_args points to it where the operator takes one */
     const kernel_code *codes; /* up to a null suffix */
@@ -53,18 +54,34 @@ typedef struct kernel {
 NF_KERNELS(KERNEL_CODES)
 
 #define KERNEL_IS_favor FAVOR
+#define KERNEL_IS_linear LINEAR
 #define KERNEL_IS_exact EXACT
 #define KERNEL_IS_sparse SPARSE
 #define KERNEL_IS_hybrid HYBRID
 #define KERNEL_IS_cosh 1
 #define KERNEL_IS_exp 0
 #define KERNEL_IS_none 0
+#define KERNEL_IS_elu 0
+#define KERNEL_IS_relu 0
+#define KERNEL_IS_identity 0
+#define KERNEL_IS_taylor2 0
+#define KERNEL_IS_softmaxqk 0
+#define KERNEL_MAP_cosh ORACLE_SOFTMAX
+#define KERNEL_MAP_exp ORACLE_SOFTMAX
+#define KERNEL_MAP_none ORACLE_SOFTMAX
+#define KERNEL_MAP_elu ORACLE_ELU
+#define KERNEL_MAP_relu ORACLE_RELU
+#define KERNEL_MAP_identity ORACLE_IDENTITY
+#define KERNEL_MAP_taylor2 ORACLE_TAYLOR2
+#define KERNEL_MAP_softmaxqk ORACLE_SOFTMAXQK
 #define KERNEL_PROJECTION_favor(K) K##_projection_bytes, K##_projection_init, K##_projection_read
 #define KERNEL_PROJECTION_hybrid(K) KERNEL_PROJECTION_favor(K)
+#define KERNEL_PROJECTION_linear(K) NULL, NULL, NULL
 #define KERNEL_PROJECTION_exact(K) NULL, NULL, NULL
 #define KERNEL_PROJECTION_sparse(K) NULL, NULL, NULL
 /* sparse: a window of 512 tokens; hybrid: one block before the own. */
 #define KERNEL_WINDOW_favor(b) 0
+#define KERNEL_WINDOW_linear(b) 0
 #define KERNEL_WINDOW_exact(b) 0
 #define KERNEL_WINDOW_sparse(b) 512
 #define KERNEL_WINDOW_hybrid(b) b
@@ -72,6 +89,7 @@ NF_KERNELS(KERNEL_CODES)
     {#K, \
      contract, \
      KERNEL_IS_##op, \
+     KERNEL_MAP_##map, \
      KERNEL_IS_##map, \
      d, \
      m, \
@@ -151,6 +169,12 @@ static inline void *kernel_projection(const kernel *k, uint64_t seed, float **w)
     return p;
 }
 
+/* softmaxqk has no causal order. */
+static inline int kernel_full_only(const kernel *k)
+{
+    return k->map == ORACLE_SOFTMAXQK;
+}
+
 /* Does the kernel carry a state? */
 static inline int kernel_stateful(const kernel *k)
 {
@@ -172,6 +196,7 @@ static inline nf_args kernel_args(const kernel *kernel, int64_t batch, int64_t t
     a.out.data = out;
     a.projection = projection;
     a.pattern = kernel->b ? &kernel->pattern : NULL;
+    a.mask = kernel_full_only(kernel) ? NF_FULL : NF_CAUSAL;
     return a;
 }
 
@@ -192,6 +217,8 @@ static inline oracle_head kernel_head(const kernel *k, int64_t tokens, int64_t h
     h.w = w;
     h.rows = k->rows;
     h.cosh = k->cosh;
+    h.map = k->map;
+    h.full = kernel_full_only(k);
     return h;
 }
 
