@@ -31,7 +31,9 @@ class Target:
 # Best first: the order of a header's variants and of the choice at run time.
 TARGETS = {
     "cpu": (
-        Target("amx", 16, 8, "Linux on x86-64 with AMX-BF16 and AVX512-BF16, and nf_amx_request()", ("bf16",), ("favor",)),
+        Target(
+            "amx", 16, 8, "Linux on x86-64 with AMX-BF16 and AVX512-BF16, and nf_amx_request()", ("bf16",), ("favor",)
+        ),
         Target("avx512", 16, 32, "x86-64 with AVX-512F and DQ"),
         Target("avx2", 8, 16, "x86-64 with AVX2 and FMA"),
         Target("neon", 4, 32, "64-bit Arm"),
@@ -82,7 +84,13 @@ HYBRID = CPU | {
     "avx2": {"4x2": (64, 32), "6x2": (96, 48), "4x3": (96, 48), "8x1": (64, 32)},
     "neon": {"4x4": (64, 32), "8x2": (64, 32), "6x4": (48, 96)},
 }
-SPACE = {("favor", "cpu"): CPU, ("exact", "cpu"): EXACT, ("sparse", "cpu"): EXACT, ("hybrid", "cpu"): HYBRID}
+SPACE = {
+    ("favor", "cpu"): CPU,
+    ("linear", "cpu"): CPU,
+    ("exact", "cpu"): EXACT,
+    ("sparse", "cpu"): EXACT,
+    ("hybrid", "cpu"): HYBRID,
+}
 
 
 def fault(variant: Variant, target: Target) -> str | None:
@@ -93,7 +101,11 @@ def fault(variant: Variant, target: Target) -> str | None:
     if target.name == "c":
         return None if (c, r, x) == (1, 1, 1) else "the target c goes token by token: it must be c_c1_r1x1"
     if target.name == "amx":
-        return None if (r, x) == (32, 2) and c % 32 == 0 and 32 <= c <= 512 else "the target amx goes by tiles of 32x2: c must be a multiple of 32"
+        return (
+            None
+            if (r, x) == (32, 2) and c % 32 == 0 and 32 <= c <= 512
+            else "the target amx goes by tiles of 32x2: c must be a multiple of 32"
+        )
     if r * x + x + 1 > target.registers:  # accumulators, x vectors of B, one broadcast of A
         return f"r*x + x + 1 must be at most the {target.registers} registers of {target.name}"
     if not 8 <= c <= 512 or c % (x * target.lanes) or c % r:

@@ -3,11 +3,11 @@
  * One argument struct for every operator and backend; zero means default. Packed sequences stand behind one another in
  * one batch entry, sequence s from cu_tokens[s] to cu_tokens[s + 1].
  */
-#if defined(NF_CORE_ABI) && NF_CORE_ABI != 2
+#if defined(NF_CORE_ABI) && NF_CORE_ABI != 3
 #error "two nearfar headers of different core ABI in one file: generate both with the same nearfar version"
 #endif
 #ifndef NF_CORE_ABI
-#define NF_CORE_ABI 2
+#define NF_CORE_ABI 3
 
 #include <stddef.h>
 #include <stdint.h>
@@ -35,7 +35,10 @@ extern "C" {
     X(NF_E_OVERFLOW, -5, "a product of sizes and strides exceeds the address range") \
     X(NF_E_STRIDE, -6, "a stride is negative, below the head dim, or lets rows of out overlap") \
     X(NF_E_SCALE, -7, "scale must be from 0 to 1e30 (0 means 1/sqrt(D))") \
-    X(NF_E_MASK, -8, "mask must be NF_CAUSAL or NF_FULL; decode, hybrid and a state with a window are causal only") \
+    X(NF_E_MASK, -8, \
+      "mask must be NF_CAUSAL or NF_FULL; decode, hybrid and a state with a window are causal only, softmaxqk is " \
+      "full " \
+      "only") \
     X(NF_E_PACKED, -9, "cu_tokens must rise from 0 to q_tokens = kv_tokens, with batch 1") \
     X(NF_E_SPLIT, -10, "split_begin and split_count must lie within batch (or sequences) * kv_heads") \
     X(NF_E_ALIGN, -11, "workspace, projection and state must be aligned to NF_ALIGN, tensors to their elements") \
@@ -43,7 +46,7 @@ extern "C" {
     X(NF_E_OVERLAP, -13, "memory to be written overlaps other memory of the call") \
     X(NF_E_PROJECTION, -14, "this is not a projection of this contract, or it was never initialised") \
     X(NF_E_STATE, -15, \
-      "this state is of another contract, projection, scale, pattern or number of units, or was never reset") \
+      "this state is of another contract, projection, scale, decay, pattern or number of units, or was never reset") \
     X(NF_E_PATTERN, -16, \
       "the pattern is empty, or has what this call does not take: lists with a state; dilation or blocks in hybrid") \
     X(NF_E_VALUE, -17, \
@@ -53,13 +56,14 @@ extern "C" {
     X(NF_E_GLOBALS, -20, "globals must not be negative, global_tokens must rise strictly within the keys") \
     X(NF_E_BLOCKS, -21, \
       "block must be the contract's, offsets rise from 0 to block_count over all queries, blocks rise within the " \
-      "keys")
+      "keys") \
+    X(NF_E_DECAY, -22, "every decay must be finite and not above 0, and decay needs the causal mask")
 
 typedef enum nf_status {
 #define NF_STATUS_ENUM(name, value, text) name = value,
     NF_STATUS_LIST(NF_STATUS_ENUM)
 #undef NF_STATUS_ENUM
-        NF_STATUS_COUNT = 22
+        NF_STATUS_COUNT = 23
 } nf_status;
 
 /* The sentence that belongs to a status. */
@@ -133,8 +137,8 @@ typedef struct nf_args {
     int64_t kv_tokens; /* keys per sequence; 0 = q_tokens */
     nf_input q, k, v;
     nf_output out;             /* overlaps no other memory of the call */
-    float *lse;                /* [batch, heads, q_tokens] natural log of the kernel sum, or NULL */
-    float scale;               /* of the logits; 0 = 1/sqrt(D) */
+    float *lse;                /* [batch, heads, q_tokens] natural log of the kernel sum (linear: the sum), or NULL */
+    float scale;               /* of the logits; 0 = 1/sqrt(D) (linear: see its manual) */
     int32_t mask;              /* nf_mask */
     const int32_t *cu_tokens;  /* packed sequences: their sequences + 1 borders, or NULL */
     int64_t sequences;         /* number of packed sequences */
@@ -145,7 +149,12 @@ typedef struct nf_args {
     int64_t split_begin;       /* first unit of this call; a unit is one kv head of one batch entry or sequence */
     int64_t split_count;       /* units of this call; 0 = all from split_begin on */
     void *stream;              /* GPU stream; ignored on a CPU */
+    const float *decay;        /* linear, causal: [kv_heads] natural log of what a token's distance of 1 leaves of its
+                                  weight, at most 0; NULL: 0 for all */
+    uint32_t flags;            /* linear: NF_UNNORMALISED */
 } nf_args;
+
+#define NF_UNNORMALISED 1u /* out_i = sum_j A_ij v_j, not divided by sum_j A_ij */
 
 /* What the backward of a forward call takes and gives. Tensors [batch, token, head, dim] as in nf_args; lse and dlse
  * [batch, heads, q_tokens]. Written are dq, dk and dv, all of them, and nothing is added to what they held. */
@@ -182,8 +191,9 @@ typedef struct nf_projection_head {
 /* A state: one nf_state_head, then for every batch entry (or sequence) and kv head an nf_state_unit followed by what
  * the operator carries. Far field, float R[M], z[M], S[M][D]: feature r holds z = sum_j 2^(l_jr - R) and S = sum_j
  * 2^(l_jr - R) v_j over the keys j seen so far, l the base-2 exponent of the key's feature and R a whole number (-1e30
- * while no key was seen). Near field, float K[rows][D], V[rows][D], rows = globals + ring: the first tokens, then the
- * token at position p in row globals + p % ring. */
+ * while no key was seen; linear: 0, but for softmaxqk), all of it fading with the decay up to the last key. Near field,
+ * float K[rows][D], V[rows][D], rows = globals + ring: the first tokens, then the token at position p in row globals +
+ * p % ring. */
 typedef struct nf_state_head {
     uint32_t magic, abi;
     uint64_t contract;
@@ -193,9 +203,10 @@ typedef struct nf_state_head {
 } nf_state_head;
 
 typedef struct nf_state_unit {
-    uint64_t hash;  /* of projection, scale and pattern */
+    uint64_t hash;  /* of projection, scale, decay and pattern */
     int64_t tokens; /* tokens seen so far */
-    uint32_t reserved[12];
+    float decay;    /* of linear */
+    uint32_t reserved[11];
 } nf_state_unit;
 
 /* One way to run a kernel. Variants of one kernel are interchangeable; a variant run where supported() is 0 returns
