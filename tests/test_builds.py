@@ -94,15 +94,16 @@ def test_build(name: str, headers: Headers, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
-def test_threads_do_not_race(compiler: str, headers: Headers, tmp_path: Path) -> None:
-    """The threads of examples/threads.c split a call over one state under ThreadSanitizer."""
+@pytest.mark.parametrize("example, contract", [("threads", "m128"), ("long_sequence", "m256")])
+def test_threads_do_not_race(compiler: str, example: str, contract: str, headers: Headers, tmp_path: Path) -> None:
+    """Threads that split a call over one state, and over the pieces of one sequence, under ThreadSanitizer."""
     need(compiler, compiler)
-    folder = headers("favor_cosh_f32_d64_m128")
+    folder = headers(f"favor_cosh_f32_d64_{contract}")
     run(
-        *(compiler, "-std=gnu11", "-O0", "-g", "-fsanitize=thread", "-I", folder, ROOT / "examples" / "threads.c"),
-        *("-o", tmp_path / "threads", "-pthread", "-lm"),
+        *(compiler, "-std=gnu11", "-O0", "-g", "-fsanitize=thread", "-I", folder, ROOT / "examples" / f"{example}.c"),
+        *("-o", tmp_path / example, "-pthread", "-lm"),
     )
-    run(tmp_path / "threads", env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"})
+    run(tmp_path / example, "500", "1", env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"})
 
 
 def test_fuzz_arguments(headers: Headers, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import time
@@ -272,13 +273,33 @@ def test_memory_is_constant(contract: str, headers: Headers, tmp_path: Path) -> 
     assert told and int(told[1]) < 2048
 
 
-@pytest.mark.parametrize("name", [file.name for file in sorted((ROOT / "examples").glob("*.c"))])
+# Open MPI: run as root too (in a container), and more ranks than cores.
+MPI_SETTINGS = ("ALLOW_RUN_AS_ROOT", "ALLOW_RUN_AS_ROOT_CONFIRM", "MCA_rmaps_base_oversubscribe")
+EXAMPLES = sorted(file.name for file in (ROOT / "examples").glob("*.c"))
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if not name.endswith("_mpi.c")])
 def test_examples(name: str, headers: Headers, tmp_path: Path) -> None:
+    build_example("gcc", name, headers, tmp_path)
+    assert re.match(r"ok; ", run(tmp_path / "a.out"))
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name.endswith("_mpi.c")])
+def test_mpi_examples(name: str, headers: Headers, tmp_path: Path) -> None:
+    """One compilation, runs of one rank and of more than there are cores."""
+    for program in ("mpicc", "mpirun"):
+        need(program, "libopenmpi-dev openmpi-bin")
+    build_example("mpicc", name, headers, tmp_path)
+    env = os.environ | {f"OMPI_{setting}": "1" for setting in MPI_SETTINGS}
+    for ranks in (1, 2, 5):
+        assert re.search(rf"^ok; {ranks} ranks", run("mpirun", "-n", ranks, tmp_path / "a.out", env=env), re.MULTILINE)
+
+
+def build_example(compiler: str, name: str, headers: Headers, tmp_path: Path) -> None:
     source = ROOT / "examples" / name
     folder = used_headers(source.read_text(encoding="utf-8"), headers)
     flags = ["-std=gnu11", "-O2", *STRICT_C]
-    run("gcc", *flags, "-I", folder, source, "-o", tmp_path / "a.out", "-lm", "-pthread")
-    assert re.match(r"ok; ", run(tmp_path / "a.out"))
+    run(compiler, *flags, "-I", folder, source, "-o", tmp_path / "a.out", "-lm", "-pthread")
 
 
 def test_readme_example() -> None:

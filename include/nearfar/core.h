@@ -165,19 +165,23 @@ typedef struct nf_grads {
     nf_output dq, dk, dv;
 } nf_grads;
 
-/* A sample of one head's queries and keys (rows of D floats), from which a projection is fitted to the head: the means
- * are taken out (exact: softmax does not see them), the channels of q and k are balanced by Psi, and the logits are
- * tempered by tau^2, which trades bias for variance. Zero fields are defaults. */
+/* How a projection is made. A sample of one head's queries and keys (rows of D floats; NULL and 0 tokens: none) fits it
+ * to the head: the means are taken out (exact: softmax does not see them), the channels of q and k are balanced by Psi,
+ * and the logits are tempered by tau^2, which trades bias for variance. Flags choose how the rows are sampled. Zero
+ * fields are defaults. */
 typedef struct nf_calibration {
     const float *q, *k;         /* finite, up to 1e15 */
     int64_t q_tokens, k_tokens; /* rows of each sample */
     int64_t q_stride, k_stride; /* elements from row to row; 0 = D */
-    float tau;                  /* [0.001, 1]; 0 = 0.7, 1 = no tempering */
-    uint32_t flags;             /* NF_KEEP_MEAN, NF_KEEP_CHANNELS */
+    float tau;                  /* [0.001, 1]; 0 = 0.7 with a sample, otherwise 1, no tempering */
+    uint32_t flags;             /* NF_KEEP_MEAN .. NF_SIMPLEX */
 } nf_calibration;
 
 #define NF_KEEP_MEAN 1u     /* calibration: do not centre q and k */
 #define NF_KEEP_CHANNELS 2u /* calibration: do not balance the channels */
+#define NF_CHI_NORMS 4u     /* sampling: norms as of normal vectors, no bias; 0: all sqrt(D), less variance */
+#define NF_GRAM_SCHMIDT 8u  /* sampling: uniform rotations by Gram-Schmidt; 0: by signs and Hadamard transforms */
+#define NF_SIMPLEX 16u      /* sampling: each D rows form a simplex; 0: they are orthogonal */
 #define NF_KEEP_F32 1u      /* projection_from: do not round the matrix to bf16 */
 
 /* A projection of one contract: this head, then the matrix and the calibration, opaque to the caller. */
