@@ -89,6 +89,13 @@ class Contract:
         return self.m // 2 if self.map == "cosh" else self.m
 
     @property
+    def eps(self) -> str:
+        """What args->eps may be, as args.h has it."""
+        if not self.m:
+            return "IGNORED"
+        return {"exp": "FULL", "relu": "ALWAYS"}.get(self.map, "NONE") if self.operator == "favor" else "NONE"
+
+    @property
     def hash(self) -> int:
         """FNV-1a, 64 bits, over the name: marks projections and states."""
         value = 0xCBF29CE484222325

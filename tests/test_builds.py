@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, STRICT_C, Headers, need, run
 
 OPERATORS = ("favor", "exact", "sparse", "hybrid")
-TOPICS = ("accuracy", "bits", "state", "pattern", "backward", "projection", "arguments")
+TOPICS = ("accuracy", "bits", "state", "pattern", "backward", "projection", "compat", "arguments")
 CONTRACTS = (
     *("favor_cosh_f32_d32_m128", "favor_exp_f32_d8_m8", "exact_f32_d40"),
     *("sparse_f32_d40_b16", "hybrid_cosh_f32_d8_m8_b16"),

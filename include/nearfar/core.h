@@ -3,11 +3,11 @@
  * One argument struct for every operator and backend; zero means default. Packed sequences stand behind one another in
  * one batch entry, sequence s from cu_tokens[s] to cu_tokens[s + 1].
  */
-#if defined(NF_CORE_ABI) && NF_CORE_ABI != 2
+#if defined(NF_CORE_ABI) && NF_CORE_ABI != 3
 #error "two nearfar headers of different core ABI in one file: generate both with the same nearfar version"
 #endif
 #ifndef NF_CORE_ABI
-#define NF_CORE_ABI 2
+#define NF_CORE_ABI 3
 
 #include <stddef.h>
 #include <stdint.h>
@@ -53,13 +53,16 @@ extern "C" {
     X(NF_E_GLOBALS, -20, "globals must not be negative, global_tokens must rise strictly within the keys") \
     X(NF_E_BLOCKS, -21, \
       "block must be the contract's, offsets rise from 0 to block_count over all queries, blocks rise within the " \
-      "keys")
+      "keys") \
+    X(NF_E_EPS, -22, \
+      "eps must be 0, or from 1e-9 to 1 with an uncalibrated projection: of relu, or of exp with NF_FULL, without a " \
+      "state, in a forward")
 
 typedef enum nf_status {
 #define NF_STATUS_ENUM(name, value, text) name = value,
     NF_STATUS_LIST(NF_STATUS_ENUM)
 #undef NF_STATUS_ENUM
-        NF_STATUS_COUNT = 22
+        NF_STATUS_COUNT = 23
 } nf_status;
 
 /* The sentence that belongs to a status. */
@@ -145,6 +148,7 @@ typedef struct nf_args {
     int64_t split_begin;       /* first unit of this call; a unit is one kv head of one batch entry or sequence */
     int64_t split_count;       /* units of this call; 0 = all from split_begin on */
     void *stream;              /* GPU stream; ignored on a CPU */
+    float eps;                 /* favor_exp: 0, or the published Performer's added to each feature; 0 = none */
 } nf_args;
 
 /* What the backward of a forward call takes and gives. Tensors [batch, token, head, dim] as in nf_args; lse and dlse
@@ -176,7 +180,8 @@ typedef struct nf_projection_head {
     uint32_t magic, abi;
     uint64_t contract; /* hash of the contract's name */
     uint64_t hash;     /* of everything that shapes the features */
-    uint32_t reserved[10];
+    uint32_t calibrated;
+    uint32_t reserved[9];
 } nf_projection_head;
 
 /* A state: one nf_state_head, then for every batch entry (or sequence) and kv head an nf_state_unit followed by what
