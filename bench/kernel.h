@@ -33,7 +33,8 @@ typedef struct kernel_code {
 typedef struct kernel {
     const char *name, *contract;
     enum { FAVOR, EXACT, SPARSE, HYBRID } op;
-    int cosh, d, m, rows, b;
+    oracle_map map;
+    int d, m, rows, b;
     nf_pattern pattern;       /* what is measured: kernel_args points to it where the operator takes one */
     const kernel_code *codes; /* up to a null suffix */
     nf_status (*forward)(const nf_args *args, void *workspace, size_t bytes);
@@ -56,9 +57,11 @@ NF_KERNELS(KERNEL_CODES)
 #define KERNEL_IS_exact EXACT
 #define KERNEL_IS_sparse SPARSE
 #define KERNEL_IS_hybrid HYBRID
-#define KERNEL_IS_cosh 1
-#define KERNEL_IS_exp 0
-#define KERNEL_IS_none 0
+#define KERNEL_IS_cosh ORACLE_COSH
+#define KERNEL_IS_exp ORACLE_EXP
+#define KERNEL_IS_trig ORACLE_TRIG
+#define KERNEL_IS_relu ORACLE_RELU
+#define KERNEL_IS_none ORACLE_EXP
 #define KERNEL_PROJECTION_favor(K) K##_projection_bytes, K##_projection_init, K##_projection_read
 #define KERNEL_PROJECTION_hybrid(K) KERNEL_PROJECTION_favor(K)
 #define KERNEL_PROJECTION_exact(K) NULL, NULL, NULL
@@ -191,7 +194,8 @@ static inline oracle_head kernel_head(const kernel *k, int64_t tokens, int64_t h
     h.v = v + kv_head * k->d;
     h.w = w;
     h.rows = k->rows;
-    h.cosh = k->cosh;
+    h.map = k->map;
+    h.eps = (double)1e-3f; /* the default of relu */
     return h;
 }
 

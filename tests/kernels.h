@@ -45,7 +45,7 @@ static inline kernel kernel_of(const kernel *k)
     ready.dim = number_in(k->name, 'd');
     ready.features = number_in(k->name, 'm');
     ready.block = number_in(k->name, 'b');
-    ready.rows = strstr(k->name, "cosh") ? ready.features / 2 : ready.features;
+    ready.rows = strstr(k->name, "cosh") || strstr(k->name, "trig") ? ready.features / 2 : ready.features;
     return ready;
 }
 

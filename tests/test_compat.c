@@ -202,6 +202,56 @@ TEST_LIST(compat_floor, FAVORS)
     call_free(&c);
 }
 
+/* ---- the generalised kernel ----------------------------------------------------------------------------------------
+ *
+ * Three published definitions of relu features of x: f(w x) + e (google-research, JAX), f(m^(-1/2) w x) + e
+ * (google-research, TensorFlow), f(d^(-1/4) w x) + e (performer-pytorch), f(u) = max(0, u), e = 1e-3. For favor_relu
+ * they are args.scale = 1, 1/m and 0. */
+static double relu_weight(const call *c, int publisher, int64_t i, int64_t j)
+{
+    const int m = c->k->rows, dim = c->k->dim;
+    const double factor[] = {1, 1 / sqrt((double)m), pow(dim, -0.25)};
+    double sum = 0;
+    for (int r = 0; r < m; r++) {
+        double q = 0, k = 0;
+        for (int d = 0; d < dim; d++) {
+            q += (double)c->w[r * dim + d] * (double)row_at(c->a.q, 0, i, 0)[d];
+            k += (double)c->w[r * dim + d] * (double)row_at(c->a.k, 0, j, 0)[d];
+        }
+        sum += (fmax(0, q * factor[publisher]) + 1e-3) * (fmax(0, k * factor[publisher]) + 1e-3);
+    }
+    return sum;
+}
+
+TEST_LIST(relu_scales, FAVORS)
+{
+    const float scales[] = {1, 1 / (float)k->rows, 0};
+    for (int i = 0; i < 6 && map_of(k) == ORACLE_RELU; i++) {
+        const shape s = {.q_tokens = 60, .full = i % 2, .norm = 2, .seed = 9};
+        call c = call_make(k, s);
+        model_matrix(&c, 5);
+        call_reference(&c, 0); /* for v_norm */
+        c.a.scale = scales[i / 2];
+        EACH_WAY(k, w)
+        {
+            CHECK(call_run(&c, w.forward) == NF_OK, "%s", w.name);
+            for (int64_t t = 0; t < s.q_tokens; t++) {
+                double out[256] = {0}, sum = 0;
+                for (int64_t j = 0; j < (s.full ? s.q_tokens : t + 1); j++) {
+                    const double a = relu_weight(&c, i / 2, t, j);
+                    sum += a;
+                    for (int d = 0; d < k->dim; d++)
+                        out[d] += a * (double)row_at(c.a.v, 0, j, 0)[d];
+                }
+                for (int d = 0; d < k->dim; d++)
+                    CHECK(fabs((double)row_at(out_tensor(&c.a), 0, t, 0)[d] - out[d] / sum) <= 1e-5 * c.v_norm,
+                          "%s: publisher %d, row %d", w.name, i / 2, (int)t);
+            }
+        }
+        call_free(&c);
+    }
+}
+
 /* ---- what the default does without ---------------------------------------------------------------------------------
  */
 
@@ -276,7 +326,7 @@ TEST_EACH(refused)
 {
     const shape s = {.heads = 2, .q_tokens = 20, .full = takes(k, (shape){.full = 1}), .norm = 2, .seed = 1};
     static const float bad[] = {-1e-4f, 1e-10f, 1.5f, NAN, INFINITY};
-    const nf_status looked_at = k->features ? NF_E_EPS : NF_OK;
+    const nf_status looked_at = k->features ? NF_E_EPS : NF_OK, taken = map_of(k) == ORACLE_RELU ? NF_OK : looked_at;
     call c = call_make(k, s);
     EACH_WAY(k, w)
     {
@@ -287,14 +337,15 @@ TEST_EACH(refused)
             CHECK(!k->features || blank(c.out.data, c.out.bytes), "%s: wrote", w.name);
         }
         c.a.eps = 1e-4f;
-        CHECK(call_run(&c, w.forward) == (takes_eps(k) ? NF_OK : looked_at), "%s: full", w.name);
+        CHECK(call_run(&c, w.forward) == (takes_eps(k) ? NF_OK : taken), "%s: full", w.name);
         c.a.mask = NF_CAUSAL;
-        CHECK(call_run(&c, w.forward) == looked_at, "%s: causal", w.name);
+        CHECK(call_run(&c, w.forward) == taken, "%s: causal", w.name);
         if (stateful(k)) {
             c.a.eps = 0;
             call_state(&c);
-            c.a.eps = 1e-4f;
-            CHECK(call_run(&c, w.decode) == looked_at, "%s: decode", w.name);
+            c.a.eps = 1e-4f; /* a state of relu knows its eps */
+            CHECK(call_run(&c, w.decode) == (taken == NF_OK && k->features ? NF_E_STATE : looked_at), "%s: decode",
+                  w.name);
             c.a.mask = NF_FULL;
             if (takes_eps(k))
                 CHECK(call_run(&c, w.forward) == NF_E_EPS, "%s: with a state", w.name);
@@ -319,6 +370,6 @@ TEST_LIST(refused_with, FAVORS)
     call_project(&c, 1, &from);
     CHECK(call_run(&c, k->forward) == NF_E_EPS && blank(c.out.data, c.out.bytes), "calibrated");
     c.a.eps = 0;
-    CHECK(call_run(&c, k->forward) == NF_OK, "calibrated, without eps");
+    CHECK(call_run(&c, k->forward) == (estimates(k) ? NF_OK : NF_E_EPS), "calibrated, without eps");
     call_free(&c);
 }

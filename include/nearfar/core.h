@@ -200,7 +200,8 @@ typedef struct nf_state_head {
 typedef struct nf_state_unit {
     uint64_t hash;  /* of projection, scale and pattern */
     int64_t tokens; /* tokens seen so far */
-    uint32_t reserved[12];
+    float mass;     /* trig: sum_j 2^(l_j - R), l_j the exponent that all features of key j share */
+    uint32_t reserved[11];
 } nf_state_unit;
 
 /* One way to run a kernel. Variants of one kernel are interchangeable; a variant run where supported() is 0 returns
