@@ -46,7 +46,12 @@ class Operator:
 
 D = Number("d", "head dim", "a multiple of 8 from 8 to 256", tuple(range(8, 257, 8)))
 V = Number("v", "value dim, if not the head dim", "a multiple of 8 from 8 to 256", D.values, optional=True)
-M = Number("m", "features (cosh: both signs counted; trig: sine and cosine)", "8, or a multiple of 16 up to 1024", (8, *range(16, 1025, 16)))
+M = Number(
+    "m",
+    "features (cosh: both signs; trig: sine and cosine)",
+    "8, or a multiple of 16 up to 1024",
+    (8, *range(16, 1025, 16)),
+)
 
 B = Number("b", "block of tokens", "a multiple of 16 from 16 to 512", tuple(range(16, 513, 16)))
 

@@ -5,6 +5,8 @@
 
 #include "nearfar/core.h"
 
+#include "nearfar/request.h"
+
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -42,6 +44,7 @@ static inline int number_in(const char *name, char letter)
 static inline kernel kernel_of(const kernel *k)
 {
     kernel ready = *k;
+    nf_amx_request(); /* variants for it count as supported from now on */
     ready.dim = number_in(k->name, 'd');
     ready.features = number_in(k->name, 'm');
     ready.block = number_in(k->name, 'b');
