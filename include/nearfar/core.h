@@ -148,7 +148,7 @@ typedef struct nf_args {
     int64_t split_begin;       /* first unit of this call; a unit is one kv head of one batch entry or sequence */
     int64_t split_count;       /* units of this call; 0 = all from split_begin on */
     void *stream;              /* GPU stream; ignored on a CPU */
-    float eps;                 /* favor_exp: 0, or the published Performer's added to each feature; 0 = none */
+    float eps;                 /* added to features: of favor_relu, 0 = 1e-3; of favor_exp, 0 = not; others take 0 */
 } nf_args;
 
 /* What the backward of a forward call takes and gives. Tensors [batch, token, head, dim] as in nf_args; lse and dlse
@@ -187,8 +187,9 @@ typedef struct nf_projection_head {
 /* A state: one nf_state_head, then for every batch entry (or sequence) and kv head an nf_state_unit followed by what
  * the operator carries. Far field, float R[M], z[M], S[M][D]: feature r holds z = sum_j 2^(l_jr - R) and S = sum_j
  * 2^(l_jr - R) v_j over the keys j seen so far, l the base-2 exponent of the key's feature and R a whole number (-1e30
- * while no key was seen). Near field, float K[rows][D], V[rows][D], rows = globals + ring: the first tokens, then the
- * token at position p in row globals + p % ring. */
+ * while no key was seen); of trig and relu 2^(l_j - R) f_jr, f the feature and l_j, R the same for all features (relu:
+ * 0). Near field, float K[rows][D], V[rows][D], rows = globals + ring: the first tokens, then the token at position p
+ * in row globals + p % ring. */
 typedef struct nf_state_head {
     uint32_t magic, abi;
     uint64_t contract;
