@@ -195,7 +195,9 @@ static void agree(reverse *r, double norm, const char *what)
 static void agree_shape(const kernel *k, shape s, double norm, const char *what)
 {
     if (map_of(k) == ORACLE_TRIG) /* where its sums do not cancel */
-        s.norm = fmin(s.norm, 0.3), s.kind = s.kind == ORACLE_INTEGER ? ORACLE_GAUSS : s.kind;
+        s.norm = fmin(s.norm, 0.3);
+    if (s.kind == ORACLE_INTEGER && (map_of(k) == ORACLE_TRIG || map_of(k) == ORACLE_RELU)) /* long; on relu's kink */
+        s.kind = ORACLE_GAUSS;
     if (takes(k, s)) {
         reverse r = reverse_make(k, s);
         agree(&r, norm, what);

@@ -427,7 +427,7 @@ TEST_LIST(far_layout, WITH_FEATURES)
     if (map_of(k) == ORACLE_TRIG || map_of(k) == ORACLE_RELU) {
         EACH_WAY(k, w)
         {
-            plain_layout(k, w, 1, 2e-6);
+            plain_layout(k, w, 1, 5e-6);
             plain_layout(k, w, 20, 1e-4);
         }
     } else {
