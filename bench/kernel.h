@@ -33,9 +33,9 @@ typedef struct kernel_code {
 typedef struct kernel {
     const char *name, *contract;
     enum { FAVOR, LINEAR, EXACT, SPARSE, HYBRID } op;
-    oracle_map map; /* of linear */
+    oracle_map map;
     enum { F32, BF16, F16 } dtype;
-    int cosh, d, v, m, rows, b;
+    int d, v, m, rows, b;
     nf_pattern pattern;       /* what is measured: kernel_args points to it where the operator takes one */
     const kernel_code *codes; /* up to a null suffix */
     nf_status (*forward)(const nf_args *args, void *workspace, size_t bytes);
@@ -62,22 +62,19 @@ NF_KERNELS(KERNEL_CODES)
 #define KERNEL_IS_f32 F32
 #define KERNEL_IS_bf16 BF16
 #define KERNEL_IS_f16 F16
-#define KERNEL_IS_cosh 1
-#define KERNEL_IS_exp 0
-#define KERNEL_IS_none 0
-#define KERNEL_IS_elu 0
-#define KERNEL_IS_relu 0
-#define KERNEL_IS_identity 0
-#define KERNEL_IS_taylor2 0
-#define KERNEL_IS_softmaxqk 0
-#define KERNEL_MAP_cosh ORACLE_SOFTMAX
-#define KERNEL_MAP_exp ORACLE_SOFTMAX
-#define KERNEL_MAP_none ORACLE_SOFTMAX
-#define KERNEL_MAP_elu ORACLE_ELU
-#define KERNEL_MAP_relu ORACLE_RELU
-#define KERNEL_MAP_identity ORACLE_IDENTITY
-#define KERNEL_MAP_taylor2 ORACLE_TAYLOR2
-#define KERNEL_MAP_softmaxqk ORACLE_SOFTMAXQK
+#define KERNEL_MAP_favor_cosh ORACLE_COSH
+#define KERNEL_MAP_favor_exp ORACLE_EXP
+#define KERNEL_MAP_favor_trig ORACLE_TRIG
+#define KERNEL_MAP_favor_relu ORACLE_RELU
+#define KERNEL_MAP_hybrid_cosh ORACLE_COSH
+#define KERNEL_MAP_hybrid_exp ORACLE_EXP
+#define KERNEL_MAP_exact_none ORACLE_EXP
+#define KERNEL_MAP_sparse_none ORACLE_EXP
+#define KERNEL_MAP_linear_elu ORACLE_ELU
+#define KERNEL_MAP_linear_relu ORACLE_LINEAR_RELU
+#define KERNEL_MAP_linear_identity ORACLE_IDENTITY
+#define KERNEL_MAP_linear_taylor2 ORACLE_TAYLOR2
+#define KERNEL_MAP_linear_softmaxqk ORACLE_SOFTMAXQK
 #define KERNEL_PROJECTION_favor(K) K##_projection_bytes, K##_projection_init, K##_projection_read
 #define KERNEL_PROJECTION_hybrid(K) KERNEL_PROJECTION_favor(K)
 #define KERNEL_PROJECTION_linear(K) NULL, NULL, NULL
@@ -93,9 +90,8 @@ NF_KERNELS(KERNEL_CODES)
     {#K, \
      contract, \
      KERNEL_IS_##op, \
-     KERNEL_MAP_##map, \
+     KERNEL_MAP_##op##_##map, \
      KERNEL_IS_##dtype, \
-     KERNEL_IS_##map, \
      d, \
      v, \
      m, \
@@ -331,9 +327,9 @@ static inline oracle_head kernel_head(const kernel *k, int64_t tokens, int64_t h
     h.v = v + kv_head * k->v;
     h.w = w;
     h.rows = k->rows;
-    h.cosh = k->cosh;
     h.map = k->map;
     h.full = kernel_full_only(k);
+    h.eps = (double)1e-3f; /* the default of favor's relu */
     return h;
 }
 

@@ -22,17 +22,25 @@ class Target:
     needs: str
     dtypes: tuple[str, ...] = DTYPES
     operators: tuple[str, ...] = ()  # empty: all
+    exponential: bool = False  # of features that are exponentials only
 
     def runs(self, contract: Contract) -> bool:
         """Has it a kernel for this contract?"""
-        return contract.dtype in self.dtypes and contract.operator in (self.operators or (contract.operator,))
+        known = contract.dtype in self.dtypes and contract.operator in (self.operators or (contract.operator,))
+        return known and (contract.exponential or not self.exponential)
 
 
 # Best first: the order of a header's variants and of the choice at run time.
 TARGETS = {
     "cpu": (
         Target(
-            "amx", 16, 8, "Linux on x86-64 with AMX-BF16 and AVX512-BF16, and nf_amx_request()", ("bf16",), ("favor",)
+            "amx",
+            16,
+            8,
+            "Linux on x86-64 with AMX-BF16 and AVX512-BF16, and nf_amx_request()",
+            ("bf16",),
+            ("favor",),
+            True,
         ),
         Target("avx512", 16, 32, "x86-64 with AVX-512F and DQ"),
         Target("avx2", 8, 16, "x86-64 with AVX2 and FMA"),

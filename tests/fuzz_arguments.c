@@ -4,6 +4,9 @@
 #define NEARFAR_STATIC
 #include "nf_exact_f32_d8_cpu.h"
 #include "nf_favor_cosh_f32_d8_m8_cpu.h"
+#include "nf_favor_exp_f32_d8_m8_cpu.h"
+#include "nf_favor_relu_f32_d8_m8_cpu.h"
+#include "nf_favor_trig_f32_d8_m8_cpu.h"
 #include "nf_hybrid_cosh_f32_d8_m8_b16_cpu.h"
 #include "nf_sparse_f32_d8_b32_cpu.h"
 
@@ -13,6 +16,7 @@
 
 enum { DIM = 8, MOST = 1 << 16 };
 
+#define PROJECTION(K) K##_projection_bytes, K##_projection_init
 #define ENTRIES(K) K##_workspace, K##_forward, K##_decode, K##_backward, K##_state_bytes, K##_state_reset
 
 static const struct kernel {
@@ -28,10 +32,11 @@ static const struct kernel {
 } kernels[] = {
     {0, ENTRIES(nf_exact_f32_d8_cpu), NULL, NULL},
     {32, ENTRIES(nf_sparse_f32_d8_b32_cpu), NULL, NULL},
-    {0, ENTRIES(nf_favor_cosh_f32_d8_m8_cpu), nf_favor_cosh_f32_d8_m8_cpu_projection_bytes,
-     nf_favor_cosh_f32_d8_m8_cpu_projection_init},
-    {16, ENTRIES(nf_hybrid_cosh_f32_d8_m8_b16_cpu), nf_hybrid_cosh_f32_d8_m8_b16_cpu_projection_bytes,
-     nf_hybrid_cosh_f32_d8_m8_b16_cpu_projection_init},
+    {0, ENTRIES(nf_favor_cosh_f32_d8_m8_cpu), PROJECTION(nf_favor_cosh_f32_d8_m8_cpu)},
+    {16, ENTRIES(nf_hybrid_cosh_f32_d8_m8_b16_cpu), PROJECTION(nf_hybrid_cosh_f32_d8_m8_b16_cpu)},
+    {0, ENTRIES(nf_favor_trig_f32_d8_m8_cpu), PROJECTION(nf_favor_trig_f32_d8_m8_cpu)},
+    {0, ENTRIES(nf_favor_relu_f32_d8_m8_cpu), PROJECTION(nf_favor_relu_f32_d8_m8_cpu)},
+    {0, ENTRIES(nf_favor_exp_f32_d8_m8_cpu), PROJECTION(nf_favor_exp_f32_d8_m8_cpu)},
 };
 
 typedef long double wide; /* holds every product of three sizes, near enough */
@@ -177,7 +182,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     reader r = {data, size};
     const unsigned mode = take(&r), bend = take(&r);
-    const struct kernel *k = &kernels[mode & 3];
+    const struct kernel *k = &kernels[bend & 128 ? 4 + (mode & 3) % 3 : mode & 3];
     const int decode = (mode >> 2 & 3) == 2, backward = (mode >> 2 & 3) == 3;
     const size_t need = k->workspace(NULL);
     enum { Q, K, V, OUT, DOUT, DQ, DK, DV, TENSORS };
@@ -227,6 +232,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     g.lse = a.lse, g.dlse = bend & 2 ? a.lse : NULL;
     if (mode & 16) {
         a.scale = odd_float(&r);
+        a.eps = take(&r) & 1 ? 0 : odd_float(&r);
         a.sequences = number(&r, 2);
         for (int i = 1; i < 6; i++)
             cu[i] = (int32_t)number(&r, i);

@@ -51,13 +51,13 @@ static inline kernel kernel_of(const kernel *k)
     ready.dim = number_in(k->name, 'd');
     ready.features = number_in(k->name, 'm');
     ready.block = number_in(k->name, 'b');
-    for (int i = 1; i < ORACLE_MAPS && strstr(k->name, "linear"); i++)
+    for (int i = ORACLE_ELU; i < ORACLE_MAPS && strstr(k->name, "linear"); i++)
         if (strstr(k->name, oracle_map_name[i]))
             ready.map = (oracle_map)i;
     ready.far = ready.map == ORACLE_TAYLOR2 ? (1 + ready.dim + ready.dim * (ready.dim + 1) / 2 + 7) / 8 * 8
                 : ready.map                 ? ready.dim
                                             : ready.features;
-    ready.rows = strstr(k->name, "cosh") ? ready.features / 2 : ready.features;
+    ready.rows = strstr(k->name, "cosh") || strstr(k->name, "trig") ? ready.features / 2 : ready.features;
     return ready;
 }
 

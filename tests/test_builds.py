@@ -10,9 +10,10 @@ import pytest
 from conftest import ROOT, STRICT_C, Headers, need, run
 
 OPERATORS = ("favor", "exact", "sparse", "hybrid")
-TOPICS = ("accuracy", "bits", "state", "pattern", "backward", "projection", "arguments")
+TOPICS = ("accuracy", "bits", "state", "pattern", "backward", "projection", "compat", "arguments")
 CONTRACTS = (
     *("favor_cosh_f32_d32_m128", "favor_exp_f32_d8_m8", "exact_f32_d40"),
+    *("favor_trig_f32_d8_m8", "favor_relu_f32_d8_m8"),
     *("sparse_f32_d40_b16", "hybrid_cosh_f32_d8_m8_b16"),
 )
 OLDER = (
@@ -22,7 +23,10 @@ OLDER = (
     "arguments",
 )  # topics on older processors; after ':' a test alone
 VALUES = ("accuracy", "state", "pattern:drawn", "backward:inputs")  # those in which no NaN is looked for
-SMALL = ("favor_exp_f32_d8_m8", "exact_f32_d8", "sparse_f32_d8_b32", "hybrid_cosh_f32_d8_m8_b16")
+SMALL = (
+    *("favor_exp_f32_d8_m8", "favor_trig_f32_d8_m8", "favor_relu_f32_d8_m8"),
+    *("exact_f32_d8", "sparse_f32_d8_b32", "hybrid_cosh_f32_d8_m8_b16"),
+)
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def test_threads_do_not_race(compiler: str, example: str, contract: str, headers
 
 def test_fuzz_arguments(headers: Headers, tmp_path: Path) -> None:
     need("clang", "clang")
-    folder = headers("favor_cosh_f32_d8_m8", "exact_f32_d8", "sparse_f32_d8_b32", "hybrid_cosh_f32_d8_m8_b16")
+    folder = headers("favor_cosh_f32_d8_m8", *SMALL)
     program = tmp_path / "fuzz"
     flags = ["-std=gnu99", "-O0", "-g", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
     probe = tmp_path / "probe.c"

@@ -62,6 +62,7 @@ typedef struct scene {
     oracle_kind kind;
     double norm;
     int64_t carried; /* tokens that go before through a state */
+    float eps;
 } scene;
 
 enum { SPARE = 3 }; /* elements between heads where strides are odd */
@@ -176,6 +177,7 @@ static nf_args stage_args(const stage *g)
     a.heads = g->s.heads, a.kv_heads = g->s.kv_heads;
     a.q_tokens = g->s.q_tokens, a.kv_tokens = g->s.kv_tokens;
     a.mask = g->s.full;
+    a.eps = g->s.eps;
     a.q = strided(g, g->hq, a.heads, g->p->k.dim);
     a.k = strided(g, g->hk, a.kv_heads, g->p->k.dim);
     a.v = strided(g, g->hv, a.kv_heads, g->p->values);
@@ -339,6 +341,15 @@ TEST_TWINS(decoded)
 {
     compare(p, (scene){.heads = 2, .q_tokens = 40, .norm = 3, .carried = 21}, 1);
     compare(p, (scene){.heads = 4, .kv_heads = 1, .q_tokens = 140, .norm = 3, .odd = 1}, 1);
+}
+
+/* The published Performer's features (test_compat.c). */
+TEST_TWINS(compat)
+{
+    if (strstr(p->k.name, "favor_exp_"))
+        compare(p,
+                (scene){.heads = 2, .kv_heads = 1, .q_tokens = 70, .kv_tokens = 90, .full = 1, .norm = 2, .eps = 1e-4f},
+                0);
 }
 
 /* Lengths around the chunks. */

@@ -57,13 +57,16 @@ extern "C" {
     X(NF_E_BLOCKS, -21, \
       "block must be the contract's, offsets rise from 0 to block_count over all queries, blocks rise within the " \
       "keys") \
-    X(NF_E_DECAY, -22, "every decay must be finite and not above 0, and decay needs the causal mask")
+    X(NF_E_DECAY, -22, "every decay must be finite and not above 0, and decay needs the causal mask") \
+    X(NF_E_EPS, -23, \
+      "eps must be 0, or from 1e-9 to 1 with an uncalibrated projection: of relu, or of exp with NF_FULL, without a " \
+      "state, in a forward")
 
 typedef enum nf_status {
 #define NF_STATUS_ENUM(name, value, text) name = value,
     NF_STATUS_LIST(NF_STATUS_ENUM)
 #undef NF_STATUS_ENUM
-        NF_STATUS_COUNT = 23
+        NF_STATUS_COUNT = 24
 } nf_status;
 
 /* The sentence that belongs to a status. */
@@ -152,6 +155,7 @@ typedef struct nf_args {
     const float *decay;        /* linear, causal: [kv_heads] natural log of what a token's distance of 1 leaves of its
                                   weight, at most 0; NULL: 0 for all */
     uint32_t flags;            /* linear: NF_UNNORMALISED */
+    float eps;                 /* added to features: of favor_relu, 0 = 1e-3; of favor_exp, 0 = not; others take 0 */
 } nf_args;
 
 #define NF_UNNORMALISED 1u /* out_i = sum_j A_ij v_j, not divided by sum_j A_ij */
@@ -189,15 +193,16 @@ typedef struct nf_projection_head {
     uint32_t magic, abi;
     uint64_t contract; /* hash of the contract's name */
     uint64_t hash;     /* of everything that shapes the features */
-    uint32_t reserved[10];
+    uint32_t calibrated;
+    uint32_t reserved[9];
 } nf_projection_head;
 
 /* A state: one nf_state_head, then for every batch entry (or sequence) and kv head an nf_state_unit followed by what
  * the operator carries. Far field, float R[M], z[M], S[M][D]: feature r holds z = sum_j 2^(l_jr - R) and S = sum_j
  * 2^(l_jr - R) v_j over the keys j seen so far, l the base-2 exponent of the key's feature and R a whole number (-1e30
- * while no key was seen; linear: 0, but for softmaxqk), all of it fading with the decay up to the last key. Near field,
- * float K[rows][D], V[rows][D], rows = globals + ring: the first tokens, then the token at position p in row globals +
- * p % ring. */
+ * while no key was seen; linear: 0, but for softmaxqk), all of it fading with the decay up to the last key; of trig and
+ * relu 2^(l_j - R) f_jr, f the feature and l_j, R the same for all features (relu: 0). Near field, float K[rows][D],
+ * V[rows][D], rows = globals + ring: the first tokens, then the token at position p in row globals + p % ring. */
 typedef struct nf_state_head {
     uint32_t magic, abi;
     uint64_t contract;
@@ -210,7 +215,8 @@ typedef struct nf_state_unit {
     uint64_t hash;  /* of projection, scale, decay and pattern */
     int64_t tokens; /* tokens seen so far */
     float decay;    /* of linear */
-    uint32_t reserved[11];
+    float mass;     /* trig: sum_j 2^(l_j - R), l_j the exponent that all features of key j share */
+    uint32_t reserved[10];
 } nf_state_unit;
 
 /* One way to run a kernel. Variants of one kernel are interchangeable; a variant run where supported() is 0 returns

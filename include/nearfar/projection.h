@@ -318,6 +318,7 @@ static void nf_projection_finish(const nf_projection_shape *shape, void *project
     head->magic = NF_MAGIC_PROJECTION;
     head->abi = NF_CORE_ABI;
     head->contract = shape->contract;
+    head->calibrated = calibration != NULL;
     head->hash = nf_hash(shape->contract, p.w, rows * dim * sizeof(float));
     head->hash = nf_hash(head->hash, p.fit, NF_FIT_ROWS * dim * sizeof(float));
     head->hash = nf_hash(head->hash, p.constant, sizeof(float));
@@ -407,16 +408,20 @@ NF_INLINE float nf_whole(double x)
 }
 
 /* floor(log2 x) of a number above the limit, otherwise 0. */
-static float nf_exponent(float x, float limit)
+NF_UNUSED static float nf_exponent(float x, float limit)
 {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
     return x > limit && nf_finite(x) ? (float)((int32_t)(bits >> 23) - 127) : 0.0f;
 }
 
+/* NF_INPUT_LIMIT, in turns. */
+#define NF_TURN_LIMIT (NF_INPUT_LIMIT * 0.110317800f)
+
 /* A feature of a key beyond 2^60 of its reference ends the chunk; a sum beyond 2^16 raises the reference. A reference
  * stays a little below the key it rises to, so that the next records change nothing. */
 #define NF_KEY_LIMIT 1152921504606846976.0f
+#define NF_KEY_STEP 60.0f
 #define NF_SUM_LIMIT 65536.0f
 #define NF_REFERENCE_LAG 8.0f
 
@@ -439,7 +444,7 @@ static void nf_rescale(float *r, float *z, float *s, int m, int width, int panel
 /* Where a chunk of n keys (features key[i * stride + r] relative to the references) must end: before the first key
  * whose features leave the range. Then `fresh`, the sums over the keys times their part, is made anew. Rows before the
  * cut end up with the same bits as if the keys behind it were not there. */
-static int nf_cut(const float *key, const float *part, int stride, int m, int n, float *fresh)
+NF_UNUSED static int nf_cut(const float *key, const float *part, int stride, int m, int n, float *fresh)
 {
     int cut = n;
     if (nf_beyond(key[0], NF_KEY_LIMIT))
