@@ -88,7 +88,7 @@ class Contract:
 
     @property
     def features(self) -> int:
-        """Features of a token in the far field, 0 without one: of taylor2 1, x and the products of two, rounded up to 8."""
+        """Features of a token in the far field, 0 without one; of taylor2 1, x and products, rounded up to 8."""
         if self.operator != "linear":
             return self.m
         return (1 + self.d + self.d * (self.d + 1) // 2 + 7) // 8 * 8 if self.map == "taylor2" else self.d

@@ -5,6 +5,8 @@
 #include "nf_exact_f32_d8_cpu.h"
 #include "nf_favor_cosh_f32_d8_m8_cpu.h"
 #include "nf_hybrid_cosh_f32_d8_m8_b16_cpu.h"
+#include "nf_linear_elu_f32_d8_cpu.h"
+#include "nf_linear_softmaxqk_f32_d8_cpu.h"
 #include "nf_sparse_f32_d8_b32_cpu.h"
 
 #include <math.h>
@@ -32,6 +34,8 @@ static const struct kernel {
      nf_favor_cosh_f32_d8_m8_cpu_projection_init},
     {16, ENTRIES(nf_hybrid_cosh_f32_d8_m8_b16_cpu), nf_hybrid_cosh_f32_d8_m8_b16_cpu_projection_bytes,
      nf_hybrid_cosh_f32_d8_m8_b16_cpu_projection_init},
+    {0, ENTRIES(nf_linear_elu_f32_d8_cpu), NULL, NULL},
+    {0, ENTRIES(nf_linear_softmaxqk_f32_d8_cpu), NULL, NULL},
 };
 
 typedef long double wide; /* holds every product of three sizes, near enough */
@@ -178,8 +182,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     reader r = {data, size};
     const unsigned mode = take(&r), bend = take(&r);
     const struct kernel *k = &kernels[mode & 3];
+    int linear;
     const int decode = (mode >> 2 & 3) == 2, backward = (mode >> 2 & 3) == 3;
-    const size_t need = k->workspace(NULL);
+    size_t need;
     enum { Q, K, V, OUT, DOUT, DQ, DK, DV, TENSORS };
     nf_input x[TENSORS];
     wide bytes[TENSORS];
@@ -197,6 +202,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     memset(&g, 0, sizeof g);
     memset(x, 0, sizeof x);
     b.count = 0;
+    linear = (mode & 3) == 0 && bend & 128; /* exact has no more to try than the others */
+    if (linear)
+        k = &kernels[4 + (take(&r) & 1)];
+    need = k->workspace(NULL);
     a.batch = number(&r, 1);
     a.heads = number(&r, 2);
     a.kv_heads = number(&r, 1);
@@ -248,6 +257,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         p.window = mode & 128 ? 100 : 5;
         p.globals = 2;
         a.pattern = &p;
+    }
+    if (linear && a.kv_heads <= 1000 && a.heads <= 1000 && take(&r) & 1) {
+        const int64_t heads = a.kv_heads > 0 ? a.kv_heads : a.heads > 0 ? a.heads : 1;
+        float *decay = (float *)buffer(&b, (wide)heads * 4, 0);
+        for (int64_t h = 0; h < heads && r.size; h++)
+            decay[h] = take(&r) & 3 ? -0.25f : odd_float(&r);
+        a.decay = decay;
+        a.flags = take(&r) % 3;
     }
     workspace = buffer(&b, (wide)need, 0xa5);
     state_bytes = k->state_bytes(&a);
