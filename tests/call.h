@@ -74,7 +74,7 @@ typedef struct call {
     nf_args a;
     block q, key, v, out, lse, workspace, projection, state, pattern, decay;
     size_t bytes;                          /* of the workspace */
-    double *ref, *ref_lse;                 /* [batch, heads, q_tokens] (dim) */
+    double *ref, *ref_lse, *spread;        /* [batch, heads, q_tokens] (dim); see oracle_spread */
     float *w;                              /* the projection's effective matrix */
     const oracle_calibration *calibration; /* for the reference */
     double v_norm;                         /* the longest row of v */
@@ -260,6 +260,7 @@ static inline void call_free(call *c)
         block_free(all[i]);
     free(c->ref);
     free(c->ref_lse);
+    free(c->spread);
     free(c->w);
     memset(c, 0, sizeof *c);
 }
@@ -379,6 +380,7 @@ static inline void call_reference(call *c, int64_t first)
     if (!c->ref) {
         c->ref = oracle_doubles((size_t)(rows * c->k->dim));
         c->ref_lse = oracle_doubles((size_t)rows);
+        c->spread = oracle_doubles((size_t)rows);
     }
     for (int64_t b = 0; b < a->batch; b++)
         for (int64_t h = 0; h < a->heads; h++)
@@ -386,6 +388,8 @@ static inline void call_reference(call *c, int64_t first)
                 const int64_t from = cu[s] > first ? cu[s] : first, row = (b * a->heads + h) * a->q_tokens + from;
                 const oracle_head o = head_at(c, b, h, from, cu[s + 1] - from);
                 oracle_attention(&o, c->ref + row * c->k->dim, c->ref_lse + row);
+                for (int64_t i = 0; i < o.q_tokens; i++)
+                    c->spread[row + i] = oracle_spread(&o, i);
             }
     for (int64_t b = 0; b < a->batch; b++)
         for (int64_t h = 0; h < kv_heads(a); h++)
@@ -403,8 +407,8 @@ static inline double larger(double a, double b)
     return a >= b ? a : b < INFINITY ? b : INFINITY;
 }
 
-/* The largest error over the rows [first, q_tokens): |out - ref| / max |v|, and of lse relative to max(1, |lse|).
- * Infinite where anything is not finite. */
+/* The largest error over the rows [first, q_tokens): |out - ref| / max |v|, and of lse relative to max(1, |lse|), both
+ * divided by the row's spread. Infinite where anything is not finite. */
 static inline double call_error(const call *c, int64_t first)
 {
     const nf_args *a = &c->a;
@@ -418,9 +422,10 @@ static inline double call_error(const call *c, int64_t first)
                 double sum = 0;
                 for (int d = 0; d < dim; d++)
                     sum += pow((double)out[d] - c->ref[row * dim + d], 2);
-                worst = larger(worst, sqrt(sum) / fmax(c->v_norm, 1e-30));
+                worst = larger(worst, sqrt(sum) / fmax(c->v_norm, 1e-30) / c->spread[row]);
                 if (a->lse && (double)a->lse[row] != c->ref_lse[row]) /* equal: both -inf */
-                    worst = larger(worst, fabs((double)a->lse[row] - c->ref_lse[row]) / fmax(1, fabs(c->ref_lse[row])));
+                    worst = larger(worst, fabs((double)a->lse[row] - c->ref_lse[row]) / fmax(1, fabs(c->ref_lse[row])) /
+                                              c->spread[row]);
             }
     return worst;
 }
