@@ -375,12 +375,36 @@ ORACLE_FN void oracle_pairs(const oracle_head *h, double *out, double *lse)
     free(sign);
 }
 
+/* How far the terms of a row's sum of weights exceed it: 1, but of taylor2, whose state sums up products of channels,
+ * whatever their signs: sum_j (1 + t + t^2/2) / sum_j A_ij with t = scale |q_i| |k_j|. A row's rounding errors grow
+ * with it. */
+ORACLE_FN double oracle_spread(const oracle_head *h, int64_t i)
+{
+    const float *q = oracle_row(h->q, h->q_stride, h->dim, i);
+    double terms = 0, sum = 0;
+    for (int64_t j = 0; j < h->kv_tokens && h->map == ORACLE_TAYLOR2; j++) {
+        const float *k = oracle_row(h->k, h->k_stride, h->dim, j);
+        const int64_t away = i + h->kv_tokens - h->q_tokens - j;
+        const double left = h->full ? 1 : away < 0 ? 0 : exp(h->decay * (double)away);
+        double qq = 0, kk = 0, s = 0, t;
+        for (int d = 0; d < h->dim; d++) {
+            qq += (double)q[d] * (double)q[d];
+            kk += (double)k[d] * (double)k[d];
+            s += (double)q[d] * (double)k[d];
+        }
+        t = oracle_scale(h) * sqrt(qq * kk), s *= oracle_scale(h);
+        terms += left * (1 + t + t * t / 2);
+        sum += left * (1 + s + s * s / 2);
+    }
+    return sum > 0 ? terms / sum : 1;
+}
+
 /* How much of a row cancels: what its sum would be without, relative to its sum. At most 2^20; 1 but for trig. */
 ORACLE_FN void oracle_cancellation(const oracle_head *h, const double *lse, double *ratio)
 {
     double *lq = oracle_all_features(h, 1), *lk = oracle_all_features(h, 0);
     for (int64_t i = 0; i < h->q_tokens; i++)
-        ratio[i] = fmax(1, exp(oracle_mass(h, lq, lk, i) - lse[i]));
+        ratio[i] = oracle_is_linear(h) ? oracle_spread(h, i) : fmax(1, exp(oracle_mass(h, lq, lk, i) - lse[i]));
     free(lq);
     free(lk);
 }

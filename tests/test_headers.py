@@ -15,6 +15,7 @@ FAVOR = "favor_cosh_f32_d64_m128"
 EXACT = "exact_f32_d64"
 SPARSE = "sparse_f32_d8_b32"
 HYBRID = "hybrid_cosh_f32_d8_m8_b16"
+LINEAR = "linear_taylor2_bf16_d8"
 SMALL = ["favor_cosh_f32_d8_m8", "favor_exp_f32_d8_m8", "exact_f32_d8"]
 ALL = [FAVOR, EXACT, *SMALL, "favor_cosh_f32_d48_m96", "favor_exp_f32_d64_m256"]
 PACKAGES = {"gcc": "gcc", "g++": "g++", "clang": "clang", "clang++": "clang"}
@@ -31,18 +32,19 @@ SOURCES = {
     "exact": include(EXACT, "NEARFAR_IMPLEMENTATION"),
     "sparse": include(SPARSE, "NEARFAR_IMPLEMENTATION"),
     "hybrid": include(HYBRID, "NEARFAR_IMPLEMENTATION"),
+    "linear": include(LINEAR, "NEARFAR_IMPLEMENTATION"),
     "forward only": "#define NEARFAR_FORWARD_ONLY\n" + include(HYBRID, "NEARFAR_IMPLEMENTATION"),
     "static": include(SMALL[0], "NEARFAR_STATIC"),
     "twice": include(SMALL[0], "NEARFAR_IMPLEMENTATION") + include(SMALL[0]),
     "defined later": include(SMALL[0]) + include(SMALL[0], "NEARFAR_IMPLEMENTATION"),
     "two headers": include(SMALL[0], "NEARFAR_IMPLEMENTATION") + include(SMALL[2]),
-    "four operators": "".join(
-        include(c, "NEARFAR_STATIC" if c == SPARSE else "") for c in (SPARSE, HYBRID, *SMALL[1:])
+    "all operators": "".join(
+        include(c, "NEARFAR_STATIC" if c == SPARSE else "") for c in (SPARSE, HYBRID, LINEAR, *SMALL[1:])
     ),
 }
 # Every source goes through one standard per compiler with -O2 (the largest: -O1); the others only check theirs.
 FULL = ("c99", "c++20")
-LARGE = ("hybrid", "four operators")
+LARGE = ("hybrid", "all operators")
 C_STANDARDS = ["c99", "c11", "c17", "c2x"]
 CXX_STANDARDS = ["c++11", "c++14", "c++17", "c++20"]
 MATRIX = [
@@ -50,7 +52,7 @@ MATRIX = [
     for compiler in PACKAGES
     for standard in (CXX_STANDARDS if "++" in compiler else C_STANDARDS)
     for name in SOURCES
-    if standard in FULL or name in ("implementation", "exact", "sparse", "hybrid", "static")
+    if standard in FULL or name in ("implementation", "exact", "sparse", "hybrid", "linear", "static")
 ]
 
 
