@@ -37,7 +37,7 @@ from generator.quality import Args, Kernel, Pattern, aligned
 HEADS, DIM = 8, 64
 SPREAD = 0.5  # standard deviation of the components of q and k
 CHECKED = 64  # rows of every head that are compared
-LEAST, MOST, SECONDS = 3, 11, 2.0  # samples of a way: at least, at most, and more than the least only for so long
+FEW, MANY = (3, 20.0), (11, 2.0)  # samples of a way: three if they fit into 20 s (else fewer), up to eleven into 2 s
 REST = 0.02  # seconds before a sample, in which the threads of the one before fall asleep
 PACKAGES = ("torch", "performer-pytorch", "pytorch-fast-transformers", "numpy")
 MASKS = ("causal", "full")
@@ -239,7 +239,7 @@ def performer_ways(case: Case) -> Iterator[Way]:
         ("FastAttention", "causal", performer.causal_linear_attention_noncuda),
     ]
     if has_fast_transformers():
-        label = "FastAttention, causal product of fast-transformers"
+        label = "FastAttention + causal_dot_product"
         sums.append((label, "causal", performer.causal_linear_attention))
     for label, mask, causal_sum in sums:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints that it found no CUDA
@@ -313,9 +313,10 @@ def measure(case: Case, ways: list[Way], threads: int) -> Iterator[dict[str, Any
     torch.set_num_threads(threads)
     errors = [case.errors(way, way.run(threads)) for way in ways]
     taken: list[list[tuple[float, float]]] = [[] for _ in ways]
-    for turn in range(MOST):
+    for turn in range(MANY[0]):
         for way, mine in zip(ways, taken):
-            if turn < LEAST or sum(s for s, _ in mine) < SECONDS:
+            spent = sum(s for s, _ in mine)
+            if any(turn < count and spent < seconds for count, seconds in (FEW, MANY)):
                 mine.append(sample(way, threads))
     for way, mine, error in zip(ways, taken, errors):
         times = [1e3 * s for s, _ in mine]
@@ -363,6 +364,7 @@ def main() -> int:
     with torch.inference_mode():
         for threads in map(int, args.threads.split(",")):  # rising: one thread before there are any others
             for tokens in map(int, args.tokens.split(",")):
+                show({"begins": f"{tokens} tokens, threads: {threads}"})
                 case = Case(tokens, sampled)
                 ways = [*ours(case, library, contracts)]
                 ways += [*torch_ways(case), *performer_ways(case), *fast_transformers_ways(case)]

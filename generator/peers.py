@@ -71,7 +71,6 @@ def peers(args: argparse.Namespace) -> int:
         missing = install(place, progress)
         progress.step(f"compiling {len(CONTRACTS)} kernels of ours")
         ours = quality.library(list(CONTRACTS))._name
-        progress.step(f"running all at {', '.join(map(str, lengths))} tokens, with one thread and with two")
         setup, lines = measure(place, ours, lengths, progress)
     setup |= {"missing": missing, "compiler": compiler_version()}
     text = table(setup, lines)
@@ -169,13 +168,12 @@ def measure(place: Path, ours: str, lengths: list[int], progress: Progress) -> t
     lines: list[Line] = []
     with running(command) as output:
         for line in map(json.loads, output):
-            setup |= line.get("setup", {})
-            if "setup" not in line:
+            if "setup" in line:
+                setup |= line["setup"]
+            elif "begins" in line:
+                progress.step(f"running all: {line['begins']}")
+            else:
                 lines.append(line)
-                done = threads.index(line["threads"]) * len(lengths) + lengths.index(line["tokens"]) + 1
-                progress.part(
-                    f"{line['tokens']} tokens, threads: {line['threads']}", done / len(threads) / len(lengths)
-                )
     if "load_after" not in setup:
         raise BuildError("bench/peers.py ended early")
     return setup, lines
@@ -244,13 +242,13 @@ def table(setup: Line, lines: list[Line]) -> str:
 
 
 def main_rows(lines: list[Line], tokens: int, threads: list[int]) -> list[list[str]]:
-    head = [f"{tokens} tokens, 8 heads of 64", "by", "mask"]
+    head = [f"{tokens} tokens, 8 heads of 64", "mask"]
     for n in threads:
         head += [f"ms, {n} thread{'s' if n > 1 else ''}", "x"]
     rows = [[*head, "its sum", "softmax"]]
     for mask in ("causal", "full"):
         for way in ways(lines, mask):
-            cells = [way[1], way[0], mask]
+            cells = [" ".join(way), mask]
             for n in threads:
                 cells.append(report.form(find(lines, way, mask, tokens, n).get("ms"), ".1f"))
                 cells.append(report.form(times(lines, way, EXP, mask, tokens, n), ".2f"))
@@ -260,10 +258,10 @@ def main_rows(lines: list[Line], tokens: int, threads: list[int]) -> list[list[s
 
 
 def length_rows(lines: list[Line], lengths: list[int]) -> list[list[str]]:
-    rows = [["ms with one thread, causal", "by", *map(str, lengths)]]
+    rows = [["ms with one thread, causal", *map(str, lengths)]]
     for way in ways(lines, "causal"):
         found = [find(lines, way, "causal", n).get("ms") for n in lengths]
-        rows.append([way[1], way[0], *(report.form(ms, ".1f") for ms in found)])
+        rows.append([" ".join(way), *(report.form(ms, ".1f") for ms in found)])
     return rows
 
 
@@ -293,9 +291,8 @@ def draw(setup: Line, lines: list[Line]) -> Any:
         found = [line for n in lengths if (line := find(lines, way, "causal", n))]
         points = [(line["tokens"], line["ms"] * 1e6 / line["tokens"] / setup["heads"]) for line in found]
         ours = way[0] == "nearfar"
-        label = way[1] if ours else f"{way[0]}: {way[1]}"
-        style = "-" if ours else "--"
-        axes.plot(*zip(*points), style, marker="o", markersize=3.5, color=next(mine if ours else others), label=label)
+        color, style = (next(mine), "-") if ours else (next(others), "--")
+        axes.plot(*zip(*points), style, marker="o", markersize=3.5, color=color, label=" ".join(way[ours:]))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(lengths, [str(n) for n in lengths])
