@@ -32,9 +32,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from generator.contract import parse
+from generator.peers import HEADS
 from generator.quality import Args, Kernel, Pattern, aligned
 
-HEADS, DIM = 8, 64
+DIM = 64
 SPREAD = 0.5  # standard deviation of the components of q and k
 CHECKED = 64  # rows of every head that are compared
 FEW, MANY = (3, 20.0), (11, 2.0)  # samples of a way: three if they fit into 20 s (else fewer), up to eleven into 2 s
@@ -341,8 +342,7 @@ def setup() -> dict[str, Any]:
         "torch_runs": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "versions": found,
-        "heads": HEADS,
-        "dim": DIM,
+        "shape": f"{HEADS} heads of {DIM}",
         "spread": SPREAD,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -23,7 +24,6 @@ SETUP: dict[str, Any] = {
     "python": "3.11",
     "compiler": "cc 1.0",
     "versions": {"torch": "1.2.3"},
-    "heads": 8,
     "spread": 0.5,
     "load_before": [0.25, 0, 0],
     "load_after": [1.5, 0, 0],
@@ -106,6 +106,12 @@ def test_without_network(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1 and "torch" in done.stderr, done.stderr
     assert done.stderr.startswith("nearfar: cannot install the others: ")
     assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", [{"threads": "9"}, {"threads": "0"}, {"tokens": "many"}])
+def test_bad_options(option: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match=f"option --{next(iter(option))} = "):
+        peers.peers(argparse.Namespace(**{"tokens": "64", "threads": "1", "keep": None, **option}))
 
 
 def test_kept_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
