@@ -1,0 +1,141 @@
+/* The executor: runs the kernels of a GPU header on a CPU, every GPU thread a fiber, one block after the other. It is
+ * the third implementation of the vocabulary of include/nearfar/gpu.h; include it before the header.
+ *
+ * What it knows of a GPU: warps of 32 or 64 lanes; barriers and warp operations that all threads (lanes) must reach at
+ * the same line; shared memory that starts as NaN; async copies that land at their wait and not before. If the kernels
+ * are compiled with -fsanitize=thread (and linked without it: simt.c has the functions that the compiler calls), every
+ * load and store is checked too: outside all buffers, misaligned, or in a race with another thread.
+ *
+ * A fault ends the launch. It is printed and the program aborts, unless simt.quiet is set: then it is in simt.fault.
+ */
+#ifndef SIMT_H
+#define SIMT_H
+#define NEARFAR_SIMT
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct simt_setting {
+    int warp;            /* lanes: 32 or 64 */
+    int backwards;       /* run the threads of a block, and the blocks, last first */
+    int quiet;           /* note a fault instead of aborting */
+    char fault[400];     /* the first fault since it was cleared */
+    int64_t block[2];    /* of the running thread */
+    int thread;          /* the running thread */
+    size_t shared_limit; /* of a block, bytes */
+    int64_t launches;    /* so far */
+} simt_setting;
+
+extern simt_setting simt;
+
+/* Memory of the device: what kernels may touch. simt_forget knows it by its start. */
+void simt_memory(const void *at, size_t bytes);
+void simt_forget(const void *at);
+
+/* Run enter(context) as every thread of blocks[0] * blocks[1] blocks. 0, or -1 after a fault. SIMT_ENTER marks such a
+ * function: it reads the host's memory, unchecked. */
+#define SIMT_ENTER __attribute__((no_sanitize("thread"))) static void
+int simt_launch(void (*enter)(const void *context), const void *context, const int64_t *blocks, int threads,
+                size_t shared);
+
+void *simt_shared(void);
+void simt_barrier(int line);
+void simt_warp_barrier(int line);
+
+/* All lanes of the warp bring `bytes` of `mine`; returns what they brought, SIMT_SLOT bytes apart. Valid until the
+ * lane's next but one warp operation. */
+enum { SIMT_SLOT = 64 };
+const unsigned char *simt_exchange(const void *mine, size_t bytes, int line);
+
+void simt_smallest(int *p, int x, int line);
+
+/* Async copies of 16 bytes, the last 16 - `given` of them zero: what was committed in a group lands at the wait that
+ * leaves fewer groups open. */
+void simt_copy(void *to, const void *from, int given, int line);
+void simt_copy_commit(void);
+void simt_copy_wait(int open);
+
+/* A check of a load or store on behalf of the running thread, as instrumented code makes them. */
+void simt_access(const void *at, size_t bytes, int write, int line);
+
+/* Functions of the vocabulary: of the executor, not of the kernel. */
+#define SIMT_FN __attribute__((unused, no_sanitize("thread"))) static inline
+
+/* ---- the vocabulary ---------------------------------------------------------------------------------------------- */
+
+#define NF_KERNEL(threads) static void
+#define NF_DEVICE static inline __attribute__((unused))
+#define NF_UNROLL
+
+typedef struct nf_float4 {
+    float x, y, z, w;
+} nf_float4;
+
+#define nf_thread() simt.thread
+#define nf_block_x() simt.block[0]
+#define nf_block_y() simt.block[1]
+#define nf_shared() simt_shared()
+#define nf_barrier() simt_barrier(__LINE__)
+#define nf_warp_barrier() simt_warp_barrier(__LINE__)
+#define nf_load4(p) simt_load4(p, __LINE__)
+#define nf_store4(p, x) simt_store4(p, x, __LINE__)
+#define nf_lane_xor(x, other) simt_lane_xor(x, other, __LINE__)
+#define nf_lane_xor_double(x, other) simt_lane_xor_double(x, other, __LINE__)
+#define nf_smallest(p, x) simt_smallest(p, x, __LINE__)
+#define nf_copy_async(to, from, given) simt_copy(to, from, given, __LINE__)
+#define nf_copy_commit() simt_copy_commit()
+#define nf_copy_wait(open) simt_copy_wait(open)
+
+SIMT_FN nf_float4 simt_load4(const float *p, int line)
+{
+    nf_float4 x;
+    simt_access(p, sizeof x, 0, line);
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
+SIMT_FN void simt_store4(float *p, nf_float4 x, int line)
+{
+    simt_access(p, sizeof x, 1, line);
+    memcpy(p, &x, sizeof x);
+}
+
+SIMT_FN float simt_lane_xor(float x, int other, int line)
+{
+    const unsigned char *all = simt_exchange(&x, sizeof x, line);
+    memcpy(&x, all + (simt.thread % simt.warp ^ other) * SIMT_SLOT, sizeof x);
+    return x;
+}
+
+SIMT_FN double simt_lane_xor_double(double x, int other, int line)
+{
+    const unsigned char *all = simt_exchange(&x, sizeof x, line);
+    memcpy(&x, all + (simt.thread % simt.warp ^ other) * SIMT_SLOT, sizeof x);
+    return x;
+}
+
+SIMT_FN float nf_exp2(float x)
+{
+    return exp2f(x);
+}
+
+SIMT_FN float nf_floor(float x)
+{
+    return floorf(x);
+}
+
+SIMT_FN float nf_fma(float a, float b, float c)
+{
+    return fmaf(a, b, c);
+}
+
+#ifdef __cplusplus
+}
+#endif
+#endif
