@@ -14,7 +14,7 @@ MAX_SHIPPED = 4  # variants in a shipped header
 
 @dataclass(frozen=True)
 class Target:
-    """An instruction set. lanes: floats in a vector; registers: vectors it holds."""
+    """An instruction set. lanes: floats in a vector; registers: vectors it holds (a GPU: 0, see misfit)."""
 
     name: str
     lanes: int
@@ -29,23 +29,27 @@ TARGETS = {
         Target("avx2", 8, 16, "x86-64 with AVX2 and FMA"),
         Target("neon", 4, 32, "64-bit Arm"),
         Target("c", 4, 16, "any processor"),
-    )
+    ),
+    "cuda": (Target("simt", 1, 0, "any NVIDIA GPU from compute capability 7.5 on"),),
+    "hip": (Target("simt", 1, 0, "any AMD GPU that HIP knows"),),
 }
 
 
 @dataclass(frozen=True)
 class Variant:
-    """target_c<tokens per chunk>_r<rows>x<vectors>: the register tile holds r rows of x vectors of accumulators."""
+    """target_c<tokens per chunk>_r<rows>x<vectors>: the register tile holds r rows of x vectors of accumulators.
+    On a GPU r threads share x columns of the values, and _s<tokens> is the segment of a sequence that a block takes."""
 
     target: str
     c: int
     r: int
     x: int
     record: str | None = None  # id of the record that chose it
+    s: int = 0
 
     @property
     def suffix(self) -> str:
-        return f"{self.target}_c{self.c}_r{self.r}x{self.x}"
+        return f"{self.target}_c{self.c}_r{self.r}x{self.x}" + (f"_s{self.s}" if self.s else "")
 
     @property
     def recipe(self) -> str:
@@ -74,12 +78,24 @@ HYBRID = CPU | {
     "avx2": {"4x2": (64, 32), "6x2": (96, 48), "4x3": (96, 48), "8x1": (64, 32)},
     "neon": {"4x4": (64, 32), "8x2": (64, 32), "6x4": (48, 96)},
 }
-SPACE = {("favor", "cpu"): CPU, ("exact", "cpu"): EXACT, ("sparse", "cpu"): EXACT, ("hybrid", "cpu"): HYBRID}
+# On a GPU the threads of a block hold the state in registers: the fewer share a column, the less they have to add up.
+GPU = {"simt": {"4x1": (16, 32, 8), "8x1": (16, 8), "16x1": (16, 8, 4)}}
+SPACE = {
+    **{("favor", "cpu"): CPU, ("exact", "cpu"): EXACT, ("sparse", "cpu"): EXACT, ("hybrid", "cpu"): HYBRID},
+    **{(operator, backend): GPU for operator in ("favor",) for backend in ("cuda", "hip")},
+}
+SEGMENT = 1024  # tokens
 
 
 def fault(variant: Variant, target: Target) -> str | None:
     """The rule that a variant breaks, or None."""
     c, r, x = variant.c, variant.r, variant.x
+    if not target.registers:
+        if c % 4 or not 4 <= c <= 128 or r not in (1, 2, 4, 8, 16, 32) or x != 1:
+            return "c must be a multiple of 4 from 4 to 128, the tile r1x1, r2x1 and so on to r32x1"
+        return None if 16 <= variant.s <= 9999 else "it must end in _s<tokens>, segments of 16 to 9999"
+    if variant.s:
+        return f"segments are the GPU's: {target.name} has none"
     if not (1 <= r <= 32 and 1 <= x <= 8):
         return "the tile must be r1x1 to r32x8"
     if target.name == "c":
@@ -91,6 +107,19 @@ def fault(variant: Variant, target: Target) -> str | None:
     return None
 
 
+def misfit(contract: Contract, variant: Variant, target: Target) -> str | None:
+    """The rule that a variant breaks with this contract, or None."""
+    if target.registers:
+        return None
+    c, r, d, m = variant.c, variant.r, contract.d, -(-contract.m // (4 * variant.r)) * 4 * variant.r
+    shared = 4 * (2 * c * (m + 4) + d * (c + 4) + c * d + c * (c + 1) + 3 * m + 6 * c) + 320
+    if d * r % 32 or d * r > 1024:
+        return f"d * r = {d * r} threads of a block must be a multiple of 32 up to 1024"
+    if d * m > 32768 or m // r > 64:
+        return f"d * m = {d * m} floats of the state must be at most 32768, and m / r = {m // r} at most 64"
+    return None if shared <= 65536 else f"it takes {shared} bytes of shared memory, at most 65536 are everywhere"
+
+
 def targets(backend: str) -> dict[str, Target]:
     return {t.name: t for t in TARGETS[backend]}
 
@@ -99,9 +128,10 @@ def space(contract: Contract, backend: str = "cpu") -> list[Variant]:
     """The candidates that the tuner tries, in canonical order; the first of each target is its default."""
     found = []
     for target in TARGETS[backend]:
-        for tile, chunks in SPACE[contract.operator, backend].get(target.name, {}).items():
+        for tile, chunks in SPACE.get((contract.operator, backend), {}).get(target.name, {}).items():
             r, x = map(int, tile.split("x"))
-            found += [v for v in (Variant(target.name, c, r, x) for c in chunks) if not fault(v, target)]
+            made = [Variant(target.name, c, r, x, s=0 if target.registers else SEGMENT) for c in chunks]
+            found += [v for v in made if not fault(v, target) and not misfit(contract, v, target)]
     if len(found) > MAX_TUNING:
         raise ValueError(f"{contract.name}: {len(found)} variants to tune, at most {MAX_TUNING} are allowed")
     return found
@@ -115,18 +145,20 @@ def default(contract: Contract, backend: str = "cpu") -> list[Variant]:
     return list(first.values())
 
 
-def parse_variant(text: str, backend: str = "cpu") -> Variant:
+def parse_variant(text: str, backend: str = "cpu", contract: Contract | None = None) -> Variant:
     """The variant of a suffix such as avx2_c48_r6x2, with @<record> behind it where a record chose it."""
     where = f"variant {shown(text)}"
     number = "([1-9][0-9]{0,3})"
-    match = re.fullmatch(rf"([a-z0-9]+)_c{number}_r{number}x{number}(?:@([0-9a-f]{{8}}))?", text)
+    match = re.fullmatch(rf"([a-z0-9]+)_c{number}_r{number}x{number}(?:_s{number})?(?:@([0-9a-f]{{8}}))?", text)
     if not match:
         raise UsageError(f"{where}: must be written <target>_c<tokens>_r<rows>x<vectors>, such as avx2_c48_r6x2")
     known = targets(backend)
     if match[1] not in known:
         raise UsageError(f"{where}: field 'target' = '{match[1]}': must be {' or '.join(known)}")
-    variant = Variant(match[1], int(match[2]), int(match[3]), int(match[4]), match[5])
+    variant = Variant(match[1], int(match[2]), int(match[3]), int(match[4]), match[6], int(match[5] or 0))
     broken = fault(variant, known[variant.target])
+    if contract and not broken:
+        broken = misfit(contract, variant, known[variant.target])
     if broken:
         raise UsageError(f"{where}: {broken}")
     return variant

@@ -53,13 +53,14 @@ extern "C" {
     X(NF_E_GLOBALS, -20, "globals must not be negative, global_tokens must rise strictly within the keys") \
     X(NF_E_BLOCKS, -21, \
       "block must be the contract's, offsets rise from 0 to block_count over all queries, blocks rise within the " \
-      "keys")
+      "keys") \
+    X(NF_E_LAUNCH, -22, "the GPU's runtime refused the launch: ask it for its last error")
 
 typedef enum nf_status {
 #define NF_STATUS_ENUM(name, value, text) name = value,
     NF_STATUS_LIST(NF_STATUS_ENUM)
 #undef NF_STATUS_ENUM
-        NF_STATUS_COUNT = 22
+        NF_STATUS_COUNT = 23
 } nf_status;
 
 /* The sentence that belongs to a status. */

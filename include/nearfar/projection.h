@@ -286,7 +286,7 @@ NF_INLINE float nf_whole(double x)
 }
 
 /* floor(log2 x) of a number above the limit, otherwise 0. */
-static float nf_exponent(float x, float limit)
+NF_BOTH float nf_exponent(float x, float limit)
 {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
@@ -301,7 +301,7 @@ static float nf_exponent(float x, float limit)
 
 /* Bring z and S (laid out as nf_state_copy says) from the references r to those in `to`. Whole numbers: the factors are
  * powers of two, exact. */
-static void nf_rescale(float *r, float *z, float *s, int m, int width, int panel, const float *to)
+NF_UNUSED static void nf_rescale(float *r, float *z, float *s, int m, int width, int panel, const float *to)
 {
     for (int i = 0; i < m; i++) {
         const float factor = nf_power_of_two(r[i] - to[i]);
@@ -318,7 +318,7 @@ static void nf_rescale(float *r, float *z, float *s, int m, int width, int panel
 /* Where a chunk of n keys (features key[i * stride + r] relative to the references) must end: before the first key
  * whose features leave the range. Then `fresh`, the sums over the keys times their part, is made anew. Rows before the
  * cut end up with the same bits as if the keys behind it were not there. */
-static int nf_cut(const float *key, const float *part, int stride, int m, int n, float *fresh)
+NF_UNUSED static int nf_cut(const float *key, const float *part, int stride, int m, int n, float *fresh)
 {
     int cut = n;
     if (nf_beyond(key[0], NF_KEY_LIMIT))

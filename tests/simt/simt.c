@@ -14,7 +14,7 @@
 
 simt_setting simt = {.warp = 32, .shared_limit = 99 * 1024};
 
-enum { MOST_THREADS = 1024, MOST_WARPS = 32, STACK = 64 * 1024, MOST_REGIONS = 64, MOST_COPIES = 256, GRANULE = 2 };
+enum { MOST_THREADS = 1024, MOST_WARPS = 32, STACK = 64 * 1024, MOST_REGIONS = 256, MOST_COPIES = 256, GRANULE = 2 };
 enum { SHARED_SPACE = 256 * 1024 };
 enum {
     LANES = 0x8000,
