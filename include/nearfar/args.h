@@ -104,9 +104,9 @@ NF_BOTH double nf_sqrt(double x)
     double y;
     if (!(x > 0))
         return 0;
-    memcpy(&bits, &x, sizeof bits);
+    __builtin_memcpy(&bits, &x, sizeof bits);
     bits = (bits >> 1) + ((uint64_t)1023 << 51);
-    memcpy(&y, &bits, sizeof y);
+    __builtin_memcpy(&y, &bits, sizeof y);
     for (int i = 0; i < 5; i++)
         y = 0.5 * (y + x / y);
     return y;
@@ -118,10 +118,10 @@ NF_BOTH double nf_log(double x)
     uint64_t bits;
     int64_t exponent;
     double m, s, s2;
-    memcpy(&bits, &x, sizeof bits);
+    __builtin_memcpy(&bits, &x, sizeof bits);
     exponent = (int64_t)((bits >> 52) & 2047) - 1023;
     bits = (bits & 0xfffffffffffffu) | ((uint64_t)1023 << 52);
-    memcpy(&m, &bits, sizeof m);
+    __builtin_memcpy(&m, &bits, sizeof m);
     if (m > 1.4142135623730951) {
         m *= 0.5;
         exponent++;
@@ -137,10 +137,10 @@ NF_BOTH double nf_log(double x)
 NF_BOTH float nf_lse(float den, double exponent, double shift)
 {
     uint32_t bits;
-    memcpy(&bits, &den, sizeof bits);
+    __builtin_memcpy(&bits, &den, sizeof bits);
     if (bits << 1 == 0) {
         bits = 0xff800000u;
-        memcpy(&den, &bits, sizeof den);
+        __builtin_memcpy(&den, &bits, sizeof den);
     } else if (den > 0) {
         den = (float)(nf_log((double)den) + 0.69314718055994531 * exponent + shift);
     }
@@ -155,7 +155,7 @@ NF_INLINE int nf_aligned(const void *p, size_t alignment)
 NF_INLINE int nf_finite(float x)
 {
     uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
+    __builtin_memcpy(&bits, &x, sizeof bits);
     return (bits & 0x7f800000u) != 0x7f800000u;
 }
 
@@ -163,7 +163,7 @@ NF_INLINE int nf_finite(float x)
 NF_INLINE int nf_unseen(float lse)
 {
     uint32_t bits;
-    memcpy(&bits, &lse, sizeof bits);
+    __builtin_memcpy(&bits, &lse, sizeof bits);
     return bits == 0xff800000u;
 }
 
@@ -171,8 +171,8 @@ NF_INLINE int nf_unseen(float lse)
 NF_INLINE int nf_beyond(float x, float limit)
 {
     uint32_t a, b;
-    memcpy(&a, &x, sizeof a);
-    memcpy(&b, &limit, sizeof b);
+    __builtin_memcpy(&a, &x, sizeof a);
+    __builtin_memcpy(&b, &limit, sizeof b);
     return (a & 0x7fffffffu) > 0x7f800000u || (!(a >> 31) && a > b);
 }
 
@@ -184,7 +184,7 @@ NF_BOTH float nf_power_of_two(float step)
     if (!(step >= -126.0f))
         return 0;
     bits = (uint32_t)((int32_t)step + 127) << 23;
-    memcpy(&x, &bits, sizeof x);
+    __builtin_memcpy(&x, &bits, sizeof x);
     return x;
 }
 
@@ -533,7 +533,7 @@ NF_BOTH nf_unit nf_unit_at(const nf_contract *c, const nf_plan *p, int64_t unit,
     const int64_t first = a->cu_tokens ? a->cu_tokens[entry] : 0, head = h * p->group;
     const int64_t row = (batch * a->heads + head) * a->q_tokens + first;
     nf_unit u;
-    memset(&u, 0, sizeof u);
+    __builtin_memset(&u, 0, sizeof u);
     u.q_tokens = a->cu_tokens ? a->cu_tokens[entry + 1] - first : a->q_tokens;
     u.kv_tokens = a->cu_tokens ? u.q_tokens : a->kv_tokens;
     u.q_stride = a->q.token_stride, u.k_stride = a->k.token_stride;
@@ -566,7 +566,7 @@ NF_BOTH nf_unit nf_unit_at(const nf_contract *c, const nf_plan *p, int64_t unit,
     }
     if (p->grads) {
         const nf_grads *g = p->grads;
-        memset(grads, 0, sizeof *grads);
+        __builtin_memset(grads, 0, sizeof *grads);
         grads->out_stride = g->out.token_stride, grads->dout_stride = g->dout.token_stride;
         grads->dq_stride = g->dq.token_stride, grads->dk_stride = g->dk.token_stride;
         grads->dv_stride = g->dv.token_stride;

@@ -25,6 +25,8 @@ extern "C++" {
 #define NF_KERNEL(threads) static __global__ void __launch_bounds__(threads)
 #define NF_DEVICE static __device__ __forceinline__ __attribute__((unused))
 #define NF_UNROLL _Pragma("unroll")
+#define NF_UNROLL_BY_2 /* nvcc knows better */
+#define NF_UNROLL_BY_4
 
 typedef float4 nf_float4;
 
@@ -120,6 +122,8 @@ extern "C++" {
     static __attribute__((global)) void __attribute__((amdgpu_flat_work_group_size(threads, threads)))
 #define NF_DEVICE static inline __attribute__((device, always_inline, unused))
 #define NF_UNROLL _Pragma("unroll")
+#define NF_UNROLL_BY_2 _Pragma("unroll 2")
+#define NF_UNROLL_BY_4 _Pragma("unroll 4")
 
 typedef struct __attribute__((aligned(16))) nf_float4 {
     float x, y, z, w;
@@ -307,7 +311,7 @@ NF_DEVICE float nf_nan(void)
 {
     const uint32_t bits = 0x7fc00000u;
     float x;
-    memcpy(&x, &bits, sizeof x);
+    __builtin_memcpy(&x, &bits, sizeof x);
     return x;
 }
 

@@ -72,7 +72,7 @@ NF_DEVICE nf_segment nf_segment_of(const nf_work *w, const nf_unit *u)
     const int last = begin + w->length >= u->kv_tokens, causal = u->mask == NF_CAUSAL;
     const nf_far none = nf_far_of(NULL, 0), state = nf_far_state(u, &w->contract);
     nf_segment s;
-    memset(&s, 0, sizeof s);
+    __builtin_memset(&s, 0, sizeof s);
     s.key = begin;
     s.keys = last ? u->kv_tokens : begin + w->length;
     s.rows = u->q_tokens;
@@ -156,13 +156,13 @@ NF_KERNEL(NF_STATE_THREADS) nf_reset(nf_work w)
         r[i] = i < w.contract.features ? NF_NO_KEY : 0.0f;
     if (nf_thread() == 0) {
         nf_state_unit fresh;
-        memset(&fresh, 0, sizeof fresh);
+        __builtin_memset(&fresh, 0, sizeof fresh);
         fresh.hash = nf_state_hash(&w.contract, p, index);
         *unit = fresh;
     }
     if (nf_thread() == 0 && index == 0) {
         nf_state_head head;
-        memset(&head, 0, sizeof head);
+        __builtin_memset(&head, 0, sizeof head);
         head.magic = NF_MAGIC_STATE;
         head.abi = NF_CORE_ABI;
         head.contract = w.contract.hash;
@@ -201,7 +201,7 @@ NF_KERNEL(NF_STATE_THREADS) nf_merge(nf_work w)
         merged.hash = alike ? a->hash : 0;
         merged.tokens = a->tokens + b->tokens;
         *dst = merged;
-        if (nf_block_x() == 0 && w.dst != w.a)
+        if (nf_block_x() == 0 && w.dst != w.a && w.dst != w.b)
             *(nf_state_head *)w.dst = *ha;
     }
 }

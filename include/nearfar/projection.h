@@ -289,7 +289,7 @@ NF_INLINE float nf_whole(double x)
 NF_BOTH float nf_exponent(float x, float limit)
 {
     uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
+    __builtin_memcpy(&bits, &x, sizeof bits);
     return x > limit && nf_finite(x) ? (float)((int32_t)(bits >> 23) - 127) : 0.0f;
 }
 

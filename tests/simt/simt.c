@@ -12,7 +12,13 @@
 #include <ucontext.h>
 #include <unistd.h>
 
-simt_setting simt = {.warp = 32, .shared_limit = 99 * 1024};
+#ifndef WARP
+#define WARP 32
+#endif
+#ifndef BACKWARDS
+#define BACKWARDS 0
+#endif
+simt_setting simt = {.warp = WARP, .backwards = BACKWARDS, .shared_limit = 64 * 1024};
 
 enum { MOST_THREADS = 1024, MOST_WARPS = 32, STACK = 64 * 1024, MOST_REGIONS = 256, MOST_COPIES = 256, GRANULE = 2 };
 enum { SHARED_SPACE = 256 * 1024 };
