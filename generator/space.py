@@ -78,8 +78,8 @@ HYBRID = CPU | {
     "avx2": {"4x2": (64, 32), "6x2": (96, 48), "4x3": (96, 48), "8x1": (64, 32)},
     "neon": {"4x4": (64, 32), "8x2": (64, 32), "6x4": (48, 96)},
 }
-# On a GPU the threads of a block hold the state in registers: the fewer share a column, the less they have to add up.
-GPU = {"simt": {"4x1": (16, 32, 8), "8x1": (16, 8), "16x1": (16, 8, 4)}}
+# On a GPU the threads of a block hold the state in registers: more columns in a thread, more products for what it reads.
+GPU = {"simt": {"4x1": (16, 32, 8), "4x2": (16, 32, 8), "8x1": (16, 8), "8x2": (16, 8), "16x1": (16, 8, 4)}}
 SPACE = {
     **{("favor", "cpu"): CPU, ("exact", "cpu"): EXACT, ("sparse", "cpu"): EXACT, ("hybrid", "cpu"): HYBRID},
     **{(operator, backend): GPU for operator in ("favor",) for backend in ("cuda", "hip")},
@@ -91,8 +91,8 @@ def fault(variant: Variant, target: Target) -> str | None:
     """The rule that a variant breaks, or None."""
     c, r, x = variant.c, variant.r, variant.x
     if not target.registers:
-        if c % 4 or not 4 <= c <= 128 or r not in (1, 2, 4, 8, 16, 32) or x != 1:
-            return "c must be a multiple of 4 from 4 to 128, the tile r1x1, r2x1 and so on to r32x1"
+        if c % 4 or not 4 <= c <= 128 or r not in (1, 2, 4, 8, 16, 32) or x not in (1, 2, 4):
+            return "c must be a multiple of 4 from 4 to 128, r 1, 2, 4 and so on to 32, x 1, 2 or 4"
         return None if 16 <= variant.s <= 9999 else "it must end in _s<tokens>, segments of 16 to 9999"
     if variant.s:
         return f"segments are the GPU's: {target.name} has none"
@@ -112,11 +112,12 @@ def misfit(contract: Contract, variant: Variant, target: Target) -> str | None:
     if target.registers:
         return None
     c, r, d, m = variant.c, variant.r, contract.d, -(-contract.m // (4 * variant.r)) * 4 * variant.r
-    shared = 4 * (2 * c * (m + 4) + d * (c + 4) + c * d + c * (c + 1) + 3 * m + 6 * c) + 320
-    if d * r % 32 or d * r > 1024:
-        return f"d * r = {d * r} threads of a block must be a multiple of 32 up to 1024"
-    if d * m > 32768 or m // r > 64:
-        return f"d * m = {d * m} floats of the state must be at most 32768, and m / r = {m // r} at most 64"
+    threads, floats = d // variant.x * r, variant.x * m // r
+    shared = 4 * (2 * c * (m + 4) + d * (c + 4) + c * d + c * (c + 1) + 3 * m + 6 * c) + 420
+    if d % variant.x or threads % 32 or threads > 512:
+        return f"d / x * r = {threads} threads of a block must be a multiple of 32 up to 512"
+    if floats > 128 or threads * (floats + 64) > 65536:
+        return f"{threads} threads with x * m / r = {floats} floats of the state each do not fit a GPU's registers"
     return None if shared <= 65536 else f"it takes {shared} bytes of shared memory, at most 65536 are everywhere"
 
 

@@ -517,7 +517,7 @@ NF_UNUSED static nf_status nf_check_backward(const nf_contract *c, const nf_args
 
 /* A unit's place in a tensor. */
 NF_BOTH size_t nf_offset(const nf_contract *c, int64_t batch, int64_t token, int64_t head, int64_t batch_stride,
-                        int64_t token_stride, int64_t head_stride)
+                         int64_t token_stride, int64_t head_stride)
 {
     return (size_t)(batch * batch_stride + token * token_stride + head * head_stride) * c->element;
 }
@@ -553,8 +553,7 @@ NF_BOTH nf_unit nf_unit_at(const nf_contract *c, const nf_plan *p, int64_t unit,
     u.group = p->group;
     u.scale = a->scale;
     u.mask = a->mask;
-    u.projection =
-        a->projection && c->features ? (const char *)a->projection + (size_t)h * a->projection_stride : NULL;
+    u.projection = a->projection && c->features ? (const char *)a->projection + (size_t)h * a->projection_stride : NULL;
     u.pattern = a->pattern;
     u.first_head = head;
     u.window = p->window, u.globals = p->globals, u.ring = p->ring;
@@ -564,7 +563,7 @@ NF_BOTH nf_unit nf_unit_at(const nf_contract *c, const nf_plan *p, int64_t unit,
         u.near_key = (float *)(void *)(u.state + 1) + c->features * (c->dim + 2);
         u.near_value = u.near_key + (p->globals + p->ring) * c->dim;
     }
-    if (p->grads) {
+    if (p->grads && grads) {
         const nf_grads *g = p->grads;
         __builtin_memset(grads, 0, sizeof *grads);
         grads->out_stride = g->out.token_stride, grads->dout_stride = g->dout.token_stride;

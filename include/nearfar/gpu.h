@@ -22,11 +22,13 @@ extern "C++" {
 #endif
 
 #define NF_GPU(name) cuda##name
-#define NF_KERNEL(threads) static __global__ void __launch_bounds__(threads)
+/* A kernel of so many threads a block, and at least so many blocks at once (which bounds its registers). */
+#define NF_KERNEL(threads, blocks) static __global__ void __launch_bounds__(threads, blocks)
 #define NF_DEVICE static __device__ __forceinline__ __attribute__((unused))
 #define NF_UNROLL _Pragma("unroll")
-#define NF_UNROLL_BY_2 /* nvcc knows better */
-#define NF_UNROLL_BY_4
+#define NF_UNROLL_BY_1 _Pragma("unroll 1")
+#define NF_UNROLL_BY_2 _Pragma("unroll 2")
+#define NF_UNROLL_BY_4 _Pragma("unroll 4")
 
 typedef float4 nf_float4;
 
@@ -118,10 +120,11 @@ extern "C++" {
 #endif
 
 #define NF_GPU(name) hip##name
-#define NF_KERNEL(threads) \
+#define NF_KERNEL(threads, blocks) \
     static __attribute__((global)) void __attribute__((amdgpu_flat_work_group_size(threads, threads)))
 #define NF_DEVICE static inline __attribute__((device, always_inline, unused))
 #define NF_UNROLL _Pragma("unroll")
+#define NF_UNROLL_BY_1 _Pragma("unroll 1")
 #define NF_UNROLL_BY_2 _Pragma("unroll 2")
 #define NF_UNROLL_BY_4 _Pragma("unroll 4")
 
@@ -323,8 +326,7 @@ NF_DEVICE int nf_open(const nf_work *w, nf_unit *unit)
     const nf_args *a = &p->args;
     const int64_t index = p->begin + nf_block_x();
     const nf_projection_head *projection;
-    nf_unit_grads none;
-    *unit = nf_unit_at(&w->contract, p, index, &none);
+    *unit = nf_unit_at(&w->contract, p, index, NULL);
     if (a->cu_tokens) {
         const int64_t entry = index / a->kv_heads, from = a->cu_tokens[entry], to = a->cu_tokens[entry + 1];
         if (from < 0 || to < from || to > a->q_tokens)

@@ -100,9 +100,9 @@ NF_DEVICE nf_segment nf_segment_of(const nf_work *w, const nf_unit *u)
     return s;
 }
 
-/* Merge the slots of a round in their order, from the state or from where the last round ended. Every thread has its own
- * numbers of S and z; what it reads of R nobody writes. */
-NF_KERNEL(NF_STATE_THREADS) nf_carry(nf_work w)
+/* Merge the slots of a round in their order, from the state or from where the last round ended. Every thread has its
+ * own numbers of S and z; what it reads of R nobody writes. */
+NF_KERNEL(NF_STATE_THREADS, 1) nf_carry(nf_work w)
 {
     const nf_contract *c = &w.contract;
     const int64_t m = c->features, width = c->dim + 1, stride = NF_STATE_THREADS * NF_STATE_BLOCKS;
@@ -138,7 +138,7 @@ NF_KERNEL(NF_STATE_THREADS) nf_carry(nf_work w)
 }
 
 /* Count a call's tokens, behind the launches whose blocks read the count. */
-NF_KERNEL(32) nf_count(nf_work w)
+NF_KERNEL(32, 1) nf_count(nf_work w)
 {
     nf_unit u;
     if (nf_thread() == 0 && nf_open(&w, &u))
@@ -146,7 +146,7 @@ NF_KERNEL(32) nf_count(nf_work w)
 }
 
 /* The state that has seen nothing. */
-NF_KERNEL(NF_STATE_THREADS) nf_reset(nf_work w)
+NF_KERNEL(NF_STATE_THREADS, 1) nf_reset(nf_work w)
 {
     const nf_plan *p = &w.plan;
     const int64_t index = nf_block_x(), floats = ((int64_t)p->state_unit - (int64_t)sizeof(nf_state_unit)) / 4;
@@ -175,7 +175,7 @@ NF_KERNEL(NF_STATE_THREADS) nf_reset(nf_work w)
 }
 
 /* dst = a + b of one unit, which may be a or b. If these do not belong together, dst is of no call any more. */
-NF_KERNEL(NF_STATE_THREADS) nf_merge(nf_work w)
+NF_KERNEL(NF_STATE_THREADS, 1) nf_merge(nf_work w)
 {
     const int64_t m = w.contract.features, dim = w.contract.dim;
     const size_t at = sizeof(nf_state_head) + (size_t)nf_block_x() * w.plan.state_unit;
@@ -209,8 +209,8 @@ NF_KERNEL(NF_STATE_THREADS) nf_merge(nf_work w)
 /* Slots of a call; beyond so many units there is nothing to gain from segments. A workspace holds them. */
 enum { NF_SLOTS = 256 };
 
-/* Run a call in segments of `length` tokens, or whole: short ones, and those with units enough to fill a GPU. Which of them
- * is decided by what neither a split nor later tokens change: so neither changes bits. */
+/* Run a call in segments of `length` tokens, or whole: short ones, and those with units enough to fill a GPU. Which of
+ * them is decided by what neither a split nor later tokens change: so neither changes bits. */
 NF_UNUSED static nf_status nf_launch_segments(nf_kernel kernel, nf_work *w, int threads, size_t shared, int64_t length)
 {
     const nf_args *a = &w->plan.args;

@@ -69,9 +69,10 @@ void simt_access(const void *at, size_t bytes, int write, int line);
 
 /* ---- the vocabulary ---------------------------------------------------------------------------------------------- */
 
-#define NF_KERNEL(threads) static void
+#define NF_KERNEL(threads, blocks) static void
 #define NF_DEVICE static inline __attribute__((unused))
 #define NF_UNROLL
+#define NF_UNROLL_BY_1
 #define NF_UNROLL_BY_2
 #define NF_UNROLL_BY_4
 

@@ -1,4 +1,5 @@
-/* The few declarations of HIP's runtime that a header needs, so that clang can compile its device part where no ROCm is. */
+/* The few declarations of HIP's runtime that a header needs, so that clang can compile its device part where no ROCm
+ * is. */
 #ifndef HIP_RUNTIME_API_H
 #define HIP_RUNTIME_API_H
 
