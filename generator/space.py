@@ -78,13 +78,15 @@ HYBRID = CPU | {
     "avx2": {"4x2": (64, 32), "6x2": (96, 48), "4x3": (96, 48), "8x1": (64, 32)},
     "neon": {"4x4": (64, 32), "8x2": (64, 32), "6x4": (48, 96)},
 }
-# On a GPU the threads of a block hold the state in registers: more columns in a thread, more products for what it reads.
+# On a GPU the threads of a block hold the state in registers: more columns in one, more products for what it reads.
 GPU = {"simt": {"4x1": (16, 32, 8), "4x2": (16, 32, 8), "8x1": (16, 8), "8x2": (16, 8), "16x1": (16, 8, 4)}}
+GPU_EXACT = {"simt": {"4x1": (32, 16), "4x2": (32, 16), "8x1": (32, 16)}}
 SPACE = {
     **{("favor", "cpu"): CPU, ("exact", "cpu"): EXACT, ("sparse", "cpu"): EXACT, ("hybrid", "cpu"): HYBRID},
-    **{(operator, backend): GPU for operator in ("favor",) for backend in ("cuda", "hip")},
+    **{("favor", backend): GPU for backend in ("cuda", "hip")},
+    **{("exact", backend): GPU_EXACT for backend in ("cuda", "hip")},
 }
-SEGMENT = 1024  # tokens
+SEGMENT = 1024  # tokens of a segment, where an operator has a state
 
 
 def fault(variant: Variant, target: Target) -> str | None:
@@ -93,7 +95,7 @@ def fault(variant: Variant, target: Target) -> str | None:
     if not target.registers:
         if c % 4 or not 4 <= c <= 128 or r not in (1, 2, 4, 8, 16, 32) or x not in (1, 2, 4):
             return "c must be a multiple of 4 from 4 to 128, r 1, 2, 4 and so on to 32, x 1, 2 or 4"
-        return None if 16 <= variant.s <= 9999 else "it must end in _s<tokens>, segments of 16 to 9999"
+        return None if not variant.s or variant.s >= 16 else "segments must be of 16 to 9999 tokens"
     if variant.s:
         return f"segments are the GPU's: {target.name} has none"
     if not (1 <= r <= 32 and 1 <= x <= 8):
@@ -112,12 +114,18 @@ def misfit(contract: Contract, variant: Variant, target: Target) -> str | None:
     if target.registers:
         return None
     c, r, d, m = variant.c, variant.r, contract.d, -(-contract.m // (4 * variant.r)) * 4 * variant.r
-    threads, floats = d // variant.x * r, variant.x * m // r
-    shared = 4 * (2 * c * (m + 4) + d * (c + 4) + c * d + c * (c + 1) + 3 * m + 6 * c) + 420
+    if (variant.s > 0) != (m > 0):
+        return f"it must{'' if m else ' not'} end in _s<tokens>, the segments of operators with a state"
+    threads = d // variant.x * r
+    floats, what = (variant.x * m // r, "the state") if m else (variant.x * c, "the outputs")
+    if m:
+        shared = 4 * (2 * c * (m + 4) + d * (c + 4) + c * d + c * (c + 1) + 3 * m + 6 * c) + 420
+    else:
+        shared = 4 * (d * (3 * c + 5) + c * (c + 9)) + 300
     if d % variant.x or threads % 32 or threads > 512:
         return f"d / x * r = {threads} threads of a block must be a multiple of 32 up to 512"
     if floats > 128 or threads * (floats + 64) > 65536:
-        return f"{threads} threads with x * m / r = {floats} floats of the state each do not fit a GPU's registers"
+        return f"{threads} threads with {floats} floats of {what} each do not fit a GPU's registers"
     return None if shared <= 65536 else f"it takes {shared} bytes of shared memory, at most 65536 are everywhere"
 
 
@@ -131,7 +139,9 @@ def space(contract: Contract, backend: str = "cpu") -> list[Variant]:
     for target in TARGETS[backend]:
         for tile, chunks in SPACE.get((contract.operator, backend), {}).get(target.name, {}).items():
             r, x = map(int, tile.split("x"))
-            made = [Variant(target.name, c, r, x, s=0 if target.registers else SEGMENT) for c in chunks]
+            made = [
+                Variant(target.name, c, r, x, s=SEGMENT if contract.m and not target.registers else 0) for c in chunks
+            ]
             found += [v for v in made if not fault(v, target) and not misfit(contract, v, target)]
     if len(found) > MAX_TUNING:
         raise ValueError(f"{contract.name}: {len(found)} variants to tune, at most {MAX_TUNING} are allowed")
