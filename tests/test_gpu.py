@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, STRICT, STRICT_C, generate, need, run
 
-CONTRACTS = ("favor_cosh_f32_d64_m128", "favor_cosh_f32_d64_m256", "favor_cosh_f32_d128_m256", "favor_exp_f32_d8_m8")
+CONTRACTS = (
+    "favor_cosh_f32_d64_m128",
+    "favor_cosh_f32_d64_m256",
+    "favor_cosh_f32_d128_m256",
+    "exact_f32_d64",
+    "exact_f32_d128",
+)
 NVIDIA = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx90a", "gfx942", "gfx1100", "gfx1201", "gfx1030")  # the last has no target of its own: simt
 
@@ -63,7 +69,7 @@ def test_kernels_are_clean_c(language: str, compiler: str, folder: Path) -> None
 
 
 def test_the_implementation_says_what_it_needs(folder: Path) -> None:
-    source = folder / "favor_exp_f32_d8_m8.cu"
+    source = folder / "exact_f32_d64.cu"
     with pytest.raises(AssertionError, match="needs nvcc or hipcc"):
         run(need("gcc", "gcc"), "-xc", "-fsyntax-only", "-fmax-errors=1", source)
 
@@ -99,7 +105,7 @@ def test_nvidia(arch: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     for contract in CONTRACTS:
         log = run(nvcc(), *flags, "-c", folder / f"{contract}.cu", "-o", folder / "out.o")
         found += [(contract, *row) for row in resources(log)]
-    assert len(found) >= 4 * len(CONTRACTS)
+    assert len(found) > len(CONTRACTS)
     with capsys.disabled():
         for contract, kernel, registers, spilled, stack in found:
             if "simt" in kernel or spilled:
@@ -124,19 +130,75 @@ def test_an_engine_in_c_links_a_cuda_header(folder: Path) -> None:
     run(folder / "engine")
 
 
+AMD_FLAGS = "-x hip --cuda-device-only -nogpulib -nogpuinc -O3 -S -Wall -Wextra -Werror".split()
+
+
+def clang() -> str:
+    found = next((c for c in ("clang-20", "clang-19", "clang-18") if shutil.which(c)), None)
+    if not found:
+        pytest.skip("clang-19 is missing, which compiles for AMD's GPUs: apt install clang-19")
+    return found
+
+
 @pytest.mark.parametrize("arch", AMD)
 def test_amd(arch: str, folder: Path) -> None:
     """The device's part compiles with clang alone, and no kernel spills a vector register."""
-    clang = next((c for c in ("clang-20", "clang-19", "clang-18") if shutil.which(c)), None)
-    if not clang:
-        pytest.skip("clang-19 is missing, which compiles for AMD's GPUs: apt install clang-19")
-    flags = ["-x", "hip", f"--offload-arch={arch}", "--cuda-device-only", "-nogpulib", "-nogpuinc", "-O3", "-S"]
-    flags += ["-Wall", "-Wextra", "-Werror", "-Rpass-analysis=kernel-resource-usage"]
-    for contract in CONTRACTS[:2]:
+    flags = [*AMD_FLAGS, f"--offload-arch={arch}", "-Rpass-analysis=kernel-resource-usage"]
+    for contract in (CONTRACTS[0], "exact_f32_d64"):
         source = folder / f"{contract}.hip"
-        log = run(clang, *flags, "-I", ROOT / "tests" / "simt", source, "-o", folder / "out.s")
+        log = run(clang(), *flags, "-I", ROOT / "tests" / "simt", source, "-o", folder / "out.s")
         assert "_kernel" in log and "VGPRs Spill" in log
         assert set(re.findall(r"VGPRs Spill: (\d+)", log)) == {"0"}, log
+
+
+PROBE = """
+#include <string.h>
+#include "nearfar/core.h"
+
+#include "nearfar/args.h"
+
+#include "nearfar/gpu.h"
+#ifdef NF_FRAGMENTS
+NF_KERNEL(64, 1) probe(const uint16_t *in, float *out)
+{
+    uint16_t *s = (uint16_t *)nf_shared();
+    nf_sums c;
+    s[nf_thread()] = in[nf_thread()];
+    nf_barrier();
+    for (int i = 0; i < NF_SUMS; i++)
+        c.at[i] = 0;
+    nf_product_bf16(&c, nf_rows(s, 24), nf_columns(s, 24));
+    nf_product_f16(&c, nf_rows(s, 24), nf_columns(s, 24));
+    for (int i = 0; i < NF_SUMS; i++)
+        out[nf_sum_row(i) * 16 + nf_sum_column(i)] = c.at[i];
+}
+void *probe_address(void);
+void *probe_address(void)
+{
+    return (void *)probe;
+}
+#endif
+"""
+
+
+def test_products_of_fragments_are_single_instructions_on_nvidia(tmp_path: Path) -> None:
+    (tmp_path / "probe.cu").write_text(PROBE, encoding="utf-8")
+    flags = ["-Werror", "all-warnings", "-I", ROOT / "include", "-ptx", tmp_path / "probe.cu", "-o", tmp_path / "ptx"]
+    run(nvcc(), "-arch", "sm_80", *flags)
+    ptx = (tmp_path / "ptx").read_text(encoding="utf-8")
+    for found in ("ldmatrix.sync", "x4.trans", "m16n8k16.row.col.f32.bf16", "m16n8k16.row.col.f32.f16"):
+        assert found in ptx
+    run(nvcc(), "-arch", "sm_75", *flags)
+    assert "mma.sync" not in (tmp_path / "ptx").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("arch", "instruction"), [("gfx90a", "v_mfma"), ("gfx1100", "v_wmma"), ("gfx1201", "v_wmma")])
+def test_products_of_fragments_are_single_instructions_on_amd(arch: str, instruction: str, tmp_path: Path) -> None:
+    (tmp_path / "probe.hip").write_text(PROBE, encoding="utf-8")
+    flags = [*AMD_FLAGS, f"--offload-arch={arch}", "-I", ROOT / "include", "-I", ROOT / "tests" / "simt"]
+    run(clang(), *flags, tmp_path / "probe.hip", "-o", tmp_path / "out.s")
+    assembly = (tmp_path / "out.s").read_text(encoding="utf-8")
+    assert len(re.findall(instruction, assembly)) == 2
 
 
 def test_hipcc(folder: Path) -> None:

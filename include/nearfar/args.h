@@ -445,8 +445,8 @@ static nf_status nf_check_workspace(const nf_contract *c, const void *workspace,
 }
 
 /* Everything about a forward or decode call. Writes nothing but *p. */
-static nf_status nf_check(const nf_contract *c, const nf_args *args, void *workspace, size_t bytes, int decode,
-                          nf_plan *p)
+NF_UNUSED static nf_status nf_check(const nf_contract *c, const nf_args *args, void *workspace, size_t bytes,
+                                    int decode, nf_plan *p)
 {
     const int stateful = c->features || c->block;
     nf_status status = nf_check_shape(c, args, p);

@@ -108,6 +108,72 @@ NF_DEVICE float nf_fma(float a, float b, float c)
     return fmaf(a, b, c);
 }
 
+/* Four 8 x 8 matrices of 16-bit numbers: lane 8i + j names row j of matrix i (16 aligned bytes) and gets, of each
+ * matrix, numbers 2 (lane % 4) and the next of row lane / 4; transposed, of column lane / 4. */
+NF_DEVICE void nf_ldmatrix(uint32_t *r, const void *row)
+{
+#if __CUDA_ARCH__ >= 750
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((uint32_t)__cvta_generic_to_shared(row)));
+#endif
+}
+
+NF_DEVICE void nf_ldmatrix_transposed(uint32_t *r, const void *row)
+{
+#if __CUDA_ARCH__ >= 750
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((uint32_t)__cvta_generic_to_shared(row)));
+#endif
+}
+
+/* c [16][8] += a [16][16] b [16][8] of bf16, and of f16. */
+NF_DEVICE void nf_mma_bf16_16x8(float *c, const uint32_t *a, const uint32_t *b)
+{
+#if __CUDA_ARCH__ >= 800
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+NF_DEVICE void nf_mma_f16_16x8(float *c, const uint32_t *a, const uint32_t *b)
+{
+#if __CUDA_ARCH__ >= 800
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+/* Copy 16 bytes to shared memory behind the program's back, the last 16 - given of them zeros; what was committed in a
+ * group is there after the wait that leaves fewer groups open. */
+NF_DEVICE void nf_copy_async(void *to, const void *from, int given)
+{
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
+                 "l"(from), "r"(given)
+                 : "memory");
+#endif
+}
+
+NF_DEVICE void nf_copy_commit(void)
+{
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+/* `open` must be a constant. */
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define nf_copy_wait(open) asm volatile("cp.async.wait_group %0;" ::"n"(open) : "memory")
+#else
+#define nf_copy_wait(open) (void)(open)
+#endif
+
 #elif defined(__HIPCC__) || defined(__HIP__)
 
 /* The device's side stands on the compiler's builtins alone, so that clang can check it where no ROCm is. */
@@ -217,10 +283,189 @@ NF_DEVICE float nf_fma(float a, float b, float c)
     return __builtin_fmaf(a, b, c);
 }
 
+/* c += a b for a tile of 16 x 16: MFMA of CDNA (waves of 64), WMMA of RDNA (waves of 32). Other GPUs have none. */
+typedef float nf_float4x __attribute__((ext_vector_type(4)));
+typedef float nf_float8x __attribute__((ext_vector_type(8)));
+typedef short nf_short4x __attribute__((ext_vector_type(4)));
+typedef short nf_short8x __attribute__((ext_vector_type(8)));
+typedef short nf_short16x __attribute__((ext_vector_type(16)));
+typedef _Float16 nf_half4x __attribute__((ext_vector_type(4)));
+typedef _Float16 nf_half8x __attribute__((ext_vector_type(8)));
+typedef _Float16 nf_half16x __attribute__((ext_vector_type(16)));
+
+#if defined(__gfx90a__) || defined(__gfx940__) || defined(__gfx941__) || defined(__gfx942__) || defined(__gfx950__)
+#define NF_FRAGMENTS NF_CDNA
+#define NF_MATRIX(type, builtin, sums) \
+    type x, y; \
+    nf_float##sums##x z; \
+    __builtin_memcpy(&x, a, sizeof x), __builtin_memcpy(&y, b, sizeof y), __builtin_memcpy(&z, c, sizeof z); \
+    z = builtin(x, y, z, 0, 0, 0); \
+    __builtin_memcpy(c, &z, sizeof z);
+#elif defined(__GFX11__) || defined(__GFX12__)
+#define NF_FRAGMENTS NF_RDNA3
+#define NF_MATRIX(type, builtin, sums) \
+    type x, y; \
+    nf_float##sums##x z; \
+    __builtin_memcpy(&x, a, sizeof x), __builtin_memcpy(&y, b, sizeof y), __builtin_memcpy(&z, c, sizeof z); \
+    z = builtin(x, y, z); \
+    __builtin_memcpy(c, &z, sizeof z);
+#if defined(__GFX12__)
+#undef NF_FRAGMENTS
+#define NF_FRAGMENTS NF_RDNA4
+#endif
+#endif
+
+NF_DEVICE void nf_matrix_bf16(float *c, const uint32_t *a, const uint32_t *b)
+{
+#if defined(__GFX12__)
+    NF_MATRIX(nf_short8x, __builtin_amdgcn_wmma_f32_16x16x16_bf16_w32_gfx12, 8)
+#elif defined(__GFX11__)
+    NF_MATRIX(nf_short16x, __builtin_amdgcn_wmma_f32_16x16x16_bf16_w32, 8)
+#elif defined(NF_FRAGMENTS)
+    NF_MATRIX(nf_short4x, __builtin_amdgcn_mfma_f32_16x16x16bf16_1k, 4)
+#else
+    (void)c, (void)a, (void)b;
+#endif
+}
+
+NF_DEVICE void nf_matrix_f16(float *c, const uint32_t *a, const uint32_t *b)
+{
+#if defined(__GFX12__)
+    NF_MATRIX(nf_half8x, __builtin_amdgcn_wmma_f32_16x16x16_f16_w32_gfx12, 8)
+#elif defined(__GFX11__)
+    NF_MATRIX(nf_half16x, __builtin_amdgcn_wmma_f32_16x16x16_f16_w32, 8)
+#elif defined(NF_FRAGMENTS)
+    NF_MATRIX(nf_half4x, __builtin_amdgcn_mfma_f32_16x16x16f16, 4)
+#else
+    (void)c, (void)a, (void)b;
+#endif
+}
+
 #else
 #error \
     "the implementation of a GPU header needs nvcc or hipcc (or clang -x cuda, -x hip); without it, only declarations"
 #endif
+
+/* ---- fragments: tiles of 16 x 16 on the matrix units
+ * ------------------------------------------------------------------
+ *
+ * One product for all: c [16][16] += a [16][16] b [16][16], a and b of 16-bit numbers, spread over the lanes of a warp
+ * as the vendors document it: NF_SM80, PTX ISA "matrix fragments for mma.m16n8k16"; NF_CDNA, CDNA3 ISA "matrix
+ * arithmetic instructions", 16x16x16; NF_RDNA3 and NF_RDNA4, the ISA's "wave matrix multiply accumulate". Templates see
+ * only nf_rows, nf_columns, nf_product_bf16, nf_product_f16, and where a number of c belongs.
+ */
+#define NF_SM80 1
+#define NF_CDNA 2
+#define NF_RDNA3 3
+#define NF_RDNA4 4
+#if !defined(NF_FRAGMENTS) && !(defined(__HIPCC__) || defined(__HIP__))
+#define NF_FRAGMENTS NF_SM80
+#endif
+
+#ifdef NF_FRAGMENTS
+#if NF_FRAGMENTS == NF_CDNA
+enum { NF_FRAGMENT_WORDS = 2, NF_SUMS = 4, NF_FRAGMENT_LANES = 64 };
+#elif NF_FRAGMENTS == NF_RDNA3
+enum { NF_FRAGMENT_WORDS = 8, NF_SUMS = 8, NF_FRAGMENT_LANES = 32 };
+#else
+enum { NF_FRAGMENT_WORDS = 4, NF_SUMS = 8, NF_FRAGMENT_LANES = 32 };
+#endif
+
+/* A lane's share of a (rows by k) or b (columns by k), and of c. */
+typedef struct nf_fragment {
+    uint32_t word[NF_FRAGMENT_WORDS];
+} nf_fragment;
+
+typedef struct nf_sums {
+    float at[NF_SUMS];
+} nf_sums;
+
+NF_DEVICE int nf_lane(void)
+{
+    return nf_thread() % NF_FRAGMENT_LANES;
+}
+
+#if NF_FRAGMENTS != NF_SM80
+/* Where on AMD a lane's numbers along k begin. */
+NF_DEVICE int nf_first_k(void)
+{
+    return NF_FRAGMENTS == NF_RDNA3 ? 0 : nf_lane() / 16 * (2 * NF_FRAGMENT_WORDS);
+}
+#endif
+
+/* A fragment from shared memory: row i (of a; column i of b) at tile + i * stride, along k. Rows begin at multiples of
+ * 16 bytes. */
+NF_DEVICE nf_fragment nf_rows(const uint16_t *tile, int stride)
+{
+    nf_fragment f;
+#if NF_FRAGMENTS == NF_SM80
+    nf_ldmatrix(f.word, tile + nf_lane() % 16 * stride + nf_lane() / 16 * 8);
+#else
+    const uint32_t *row = (const uint32_t *)(const void *)(tile + nf_lane() % 16 * stride + nf_first_k());
+    NF_UNROLL
+    for (int i = 0; i < NF_FRAGMENT_WORDS; i++)
+        f.word[i] = row[i];
+#endif
+    return f;
+}
+
+/* The same from a tile that lies the other way: k runs from row to row. */
+NF_DEVICE nf_fragment nf_columns(const uint16_t *tile, int stride)
+{
+    nf_fragment f;
+#if NF_FRAGMENTS == NF_SM80
+    nf_ldmatrix_transposed(f.word, tile + (nf_lane() % 8 + nf_lane() / 16 * 8) * stride + nf_lane() / 8 % 2 * 8);
+#else
+    const uint16_t *column = tile + nf_first_k() * stride + nf_lane() % 16;
+    NF_UNROLL
+    for (int i = 0; i < NF_FRAGMENT_WORDS; i++)
+        f.word[i] = (uint32_t)column[2 * i * stride] | (uint32_t)column[(2 * i + 1) * stride] << 16;
+#endif
+    return f;
+}
+
+#if NF_FRAGMENTS == NF_SM80
+#define NF_PRODUCT(type) \
+    const uint32_t left[2] = {b.word[0], b.word[2]}, right[2] = {b.word[1], b.word[3]}; \
+    nf_mma_##type##_16x8(c->at, a.word, left); \
+    nf_mma_##type##_16x8(c->at + 4, a.word, right)
+#else
+#define NF_PRODUCT(type) nf_matrix_##type(c->at, a.word, b.word)
+#endif
+
+/* c += a b. */
+NF_DEVICE void nf_product_bf16(nf_sums *c, nf_fragment a, nf_fragment b)
+{
+    NF_PRODUCT(bf16);
+}
+
+NF_DEVICE void nf_product_f16(nf_sums *c, nf_fragment a, nf_fragment b)
+{
+    NF_PRODUCT(f16);
+}
+
+/* The row and the column of number i of a lane's share of c. */
+NF_DEVICE int nf_sum_row(int i)
+{
+#if NF_FRAGMENTS == NF_SM80
+    return nf_lane() / 4 + i / 2 % 2 * 8;
+#elif NF_FRAGMENTS == NF_RDNA3
+    return 2 * i + nf_lane() / 16;
+#else
+    return nf_lane() / 16 * NF_SUMS + i;
+#endif
+}
+
+NF_DEVICE int nf_sum_column(int i)
+{
+#if NF_FRAGMENTS == NF_SM80
+    return i / 4 * 8 + nf_lane() % 4 * 2 + i % 2;
+#else
+    (void)i;
+    return nf_lane() % 16;
+#endif
+}
+#endif /* NF_FRAGMENTS */
 
 /* ---- launches ---------------------------------------------------------------------------------------------------- */
 

@@ -123,6 +123,96 @@ SIMT_FN double simt_lane_xor_double(double x, int other, int line)
     return x;
 }
 
+/* ---- matrix units: every lane brings its words, and takes its sums from everybody's -------------------------------
+ */
+
+/* A 16-bit number as a float. */
+SIMT_FN float simt_number(uint16_t bits, int bf16)
+{
+    const uint32_t sign = (uint32_t)(bits & 0x8000u) << 16, exponent = bits >> 10 & 31u, rest = bits & 0x3ffu;
+    uint32_t wide = (uint32_t)bits << 16;
+    float x;
+    if (!bf16 && exponent == 0)
+        return (sign ? -1.0f : 1.0f) * ldexpf((float)rest, -24);
+    if (!bf16)
+        wide = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | rest << 13;
+    memcpy(&x, &wide, sizeof x);
+    return x;
+}
+
+/* Number `index` of the words that a lane has brought. */
+SIMT_FN float simt_word(const unsigned char *all, int lane, int index, int bf16)
+{
+    uint16_t bits;
+    memcpy(&bits, all + lane * SIMT_SLOT + 2 * index, sizeof bits);
+    return simt_number(bits, bf16);
+}
+
+SIMT_FN void simt_ldmatrix(uint32_t *r, const void *row, int transposed, int line)
+{
+    const unsigned char *all;
+    const int lane = simt.thread % simt.warp;
+    simt_access(row, 16, 0, line);
+    all = simt_exchange(row, 16, line);
+    for (int i = 0; i < 4; i++)
+        for (int half = 0; half < 2; half++) {
+            const int a = lane / 4, b = lane % 4 * 2 + half;
+            uint16_t x;
+            memcpy(&x, all + (8 * i + (transposed ? b : a)) * SIMT_SLOT + 2 * (transposed ? a : b), sizeof x);
+            r[i] = half ? r[i] | (uint32_t)x << 16 : x;
+        }
+}
+
+/* mma.m16n8k16, PTX ISA: group = lane / 4, within = lane % 4. Number i of a: row group, + 8 if i / 2 is odd; k 2 within
+ * + i % 2, + 8 if i >= 4. Of b: k 2 within + i % 2, + 8 if i >= 2; column group. Of c: row group, + 8 if i >= 2; column
+ * 2 within + i % 2. */
+SIMT_FN void simt_mma(float *c, const uint32_t *a, const uint32_t *b, int bf16, int line)
+{
+    const int lane = simt.thread % simt.warp;
+    uint32_t mine[6];
+    const unsigned char *all;
+    memcpy(mine, a, 16);
+    memcpy(mine + 4, b, 8);
+    all = simt_exchange(mine, sizeof mine, line);
+    for (int i = 0; i < 4; i++) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; k++) {
+            const int within = k % 8 / 2, odd = k % 2, high = k / 8;
+            const float x = simt_word(all, row % 8 * 4 + within, high * 4 + row / 8 * 2 + odd, bf16);
+            c[i] += x * simt_word(all, column * 4 + within, 8 + high * 2 + odd, bf16);
+        }
+    }
+}
+
+/* AMD's, 16 x 16 x 16. kind 2: MFMA, a wave of 64 (CDNA3 ISA): lane l has row (column) l % 16 at k 4 (l / 16) + i; of
+ * c, row 4 (l / 16) + i of column l % 16. kind 3: WMMA of RDNA3, a wave of 32: row l % 16 at all k, both halves of the
+ * wave the same; of c, row 2 i + l / 16. kind 4: WMMA of RDNA4: k 8 (l / 16) + i; of c, row 8 (l / 16) + i. */
+SIMT_FN void simt_matrix(float *c, const uint32_t *a, const uint32_t *b, int kind, int bf16, int line)
+{
+    const int lane = simt.thread % simt.warp, words = kind == 2 ? 2 : kind == 3 ? 8 : 4, sums = kind == 2 ? 4 : 8;
+    const int each = kind == 3 ? 16 : 2 * words; /* numbers of a lane */
+    uint32_t mine[16];
+    const unsigned char *all;
+    memcpy(mine, a, (size_t)words * 4);
+    memcpy(mine + words, b, (size_t)words * 4);
+    all = simt_exchange(mine, (size_t)words * 8, line);
+    for (int i = 0; i < sums; i++) {
+        const int row = kind == 3 ? 2 * i + lane / 16 : sums * (lane / 16) + i, column = lane % 16;
+        for (int k = 0; k < 16; k++) {
+            const int from = k / each * 16, other = kind == 3 ? lane / 16 * 16 : from;
+            const float x = simt_word(all, other + row, k % each, bf16);
+            c[i] += x * simt_word(all, other + column, 2 * words + k % each, bf16);
+        }
+    }
+}
+
+#define nf_ldmatrix(r, row) simt_ldmatrix(r, row, 0, __LINE__)
+#define nf_ldmatrix_transposed(r, row) simt_ldmatrix(r, row, 1, __LINE__)
+#define nf_mma_bf16_16x8(c, a, b) simt_mma(c, a, b, 1, __LINE__)
+#define nf_mma_f16_16x8(c, a, b) simt_mma(c, a, b, 0, __LINE__)
+#define nf_matrix_bf16(c, a, b) simt_matrix(c, a, b, NF_FRAGMENTS, 1, __LINE__)
+#define nf_matrix_f16(c, a, b) simt_matrix(c, a, b, NF_FRAGMENTS, 0, __LINE__)
+
 SIMT_FN float nf_exp2(float x)
 {
     return exp2f(x);
