@@ -79,8 +79,18 @@ HYBRID = CPU | {
     "neon": {"4x4": (64, 32), "8x2": (64, 32), "6x4": (48, 96)},
 }
 # On a GPU the threads of a block hold the state in registers: more columns in one, more products for what it reads.
-GPU = {"simt": {"4x1": (16, 32, 8), "4x2": (16, 32, 8), "8x1": (16, 8), "8x2": (16, 8), "16x1": (16, 8, 4)}}
-GPU_EXACT = {"simt": {"4x1": (32, 16), "4x2": (32, 16), "8x1": (32, 16)}}
+GPU = {
+    "simt": {
+        "4x1": (16, 32, 8),
+        "4x2": (16, 32, 8),
+        "4x4": (16, 8),
+        "8x1": (16, 8),
+        "8x2": (16, 8),
+        "16x1": (8, 4),
+        "16x2": (8, 4),
+    }
+}
+GPU_EXACT = {"simt": {"4x1": (32, 16), "4x2": (32, 16), "4x4": (16,), "8x1": (32, 16)}}
 SPACE = {
     **{("favor", "cpu"): CPU, ("exact", "cpu"): EXACT, ("sparse", "cpu"): EXACT, ("hybrid", "cpu"): HYBRID},
     **{("favor", backend): GPU for backend in ("cuda", "hip")},
@@ -124,7 +134,7 @@ def misfit(contract: Contract, variant: Variant, target: Target) -> str | None:
         shared = 4 * (d * (3 * c + 5) + c * (c + 9)) + 300
     if d % variant.x or threads % 32 or threads > 512:
         return f"d / x * r = {threads} threads of a block must be a multiple of 32 up to 512"
-    if floats > 128 or threads * (floats + 64) > 65536:
+    if floats > 128 or threads * (floats + 100) > 65536:
         return f"{threads} threads with {floats} floats of {what} each do not fit a GPU's registers"
     return None if shared <= 65536 else f"it takes {shared} bytes of shared memory, at most 65536 are everywhere"
 

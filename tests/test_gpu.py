@@ -9,13 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, STRICT, STRICT_C, generate, need, run
 
-CONTRACTS = (
-    "favor_cosh_f32_d64_m128",
-    "favor_cosh_f32_d64_m256",
-    "favor_cosh_f32_d128_m256",
-    "exact_f32_d64",
-    "exact_f32_d128",
-)
+CONTRACTS = ("favor_cosh_f32_d64_m128", "favor_cosh_f32_d128_m256", "exact_f32_d64", "exact_f32_d128")
 NVIDIA = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx90a", "gfx942", "gfx1100", "gfx1201", "gfx1030")  # the last has no target of its own: simt
 

@@ -25,10 +25,9 @@ extern "C++" {
 /* A kernel of so many threads a block, and at least so many blocks at once (which bounds its registers). */
 #define NF_KERNEL(threads, blocks) static __global__ void __launch_bounds__(threads, blocks)
 #define NF_DEVICE static __device__ __forceinline__ __attribute__((unused))
-#define NF_UNROLL _Pragma("unroll")
-#define NF_UNROLL_BY_1 _Pragma("unroll 1")
-#define NF_UNROLL_BY_2 _Pragma("unroll 2")
-#define NF_UNROLL_BY_4 _Pragma("unroll 4")
+#define NF_UNROLLED _Pragma("unroll")
+#define NF_UNROLLED_BY(n) NF_PRAGMA(unroll n)
+#define NF_PRAGMA(text) _Pragma(#text)
 
 typedef float4 nf_float4;
 
@@ -189,10 +188,9 @@ extern "C++" {
 #define NF_KERNEL(threads, blocks) \
     static __attribute__((global)) void __attribute__((amdgpu_flat_work_group_size(threads, threads)))
 #define NF_DEVICE static inline __attribute__((device, always_inline, unused))
-#define NF_UNROLL _Pragma("unroll")
-#define NF_UNROLL_BY_1 _Pragma("unroll 1")
-#define NF_UNROLL_BY_2 _Pragma("unroll 2")
-#define NF_UNROLL_BY_4 _Pragma("unroll 4")
+#define NF_UNROLLED _Pragma("unroll")
+#define NF_UNROLLED_BY(n) NF_PRAGMA(unroll n)
+#define NF_PRAGMA(text) _Pragma(#text)
 
 typedef struct __attribute__((aligned(16))) nf_float4 {
     float x, y, z, w;
@@ -402,7 +400,7 @@ NF_DEVICE nf_fragment nf_rows(const uint16_t *tile, int stride)
     nf_ldmatrix(f.word, tile + nf_lane() % 16 * stride + nf_lane() / 16 * 8);
 #else
     const uint32_t *row = (const uint32_t *)(const void *)(tile + nf_lane() % 16 * stride + nf_first_k());
-    NF_UNROLL
+    NF_UNROLLED
     for (int i = 0; i < NF_FRAGMENT_WORDS; i++)
         f.word[i] = row[i];
 #endif
@@ -417,7 +415,7 @@ NF_DEVICE nf_fragment nf_columns(const uint16_t *tile, int stride)
     nf_ldmatrix_transposed(f.word, tile + (nf_lane() % 8 + nf_lane() / 16 * 8) * stride + nf_lane() / 8 % 2 * 8);
 #else
     const uint16_t *column = tile + nf_first_k() * stride + nf_lane() % 16;
-    NF_UNROLL
+    NF_UNROLLED
     for (int i = 0; i < NF_FRAGMENT_WORDS; i++)
         f.word[i] = (uint32_t)column[2 * i * stride] | (uint32_t)column[(2 * i + 1) * stride] << 16;
 #endif

@@ -71,10 +71,8 @@ void simt_access(const void *at, size_t bytes, int write, int line);
 
 #define NF_KERNEL(threads, blocks) static void
 #define NF_DEVICE static inline __attribute__((unused))
-#define NF_UNROLL
-#define NF_UNROLL_BY_1
-#define NF_UNROLL_BY_2
-#define NF_UNROLL_BY_4
+#define NF_UNROLLED
+#define NF_UNROLLED_BY(n)
 
 typedef struct nf_float4 {
     float x, y, z, w;
