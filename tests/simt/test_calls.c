@@ -125,7 +125,7 @@ Test(calls, rounds)
         launches = simt.launches;
         CHECK(CPU(forward)(&b.a[0], b.workspace[0], b.bytes[0]) == NF_OK, "CPU");
         CHECK(GPU(forward)(&b.a[1], b.workspace[1], b.bytes[1]) == NF_OK, "GPU");
-        CHECK(simt.launches - launches > 8, "these must be several rounds, not %d launches",
+        CHECK(simt.launches - launches > 6, "these must be several rounds, not %d launches",
               (int)(simt.launches - launches));
         alike(b.out[0], b.out[1], FLOATS, 1e-5f, "out");
         alike(b.lse[0], b.lse[1], HEADS * TOKENS, 1e-5f, "lse");
