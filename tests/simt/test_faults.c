@@ -268,13 +268,37 @@ static void overwritten_kernel(work w)
     w.out[HERE] = s[0] + s[1];
     if (!w.broken)
         nf_barrier();
-    if (t == 1)
+    if (t == THREADS - 1) /* in one order nobody reads after it */
         s[0] = 0;
 }
 
 Test(faults, overwritten)
 {
     reports(overwritten_kernel, "race: ", 0);
+}
+
+/* Two threads of different warps have read what one of them stores. */
+static void own_too_kernel(work w)
+{
+    float *s = (float *)nf_shared();
+    const int t = nf_thread();
+    if (t == 0)
+        s[0] = 1;
+    nf_barrier();
+    if (t == 0 || t == THREADS - 1)
+        w.out[HERE] = s[0];
+    if (!w.broken)
+        nf_barrier();
+    if (t == THREADS - 1)
+        s[0] = 0;
+}
+
+Test(faults, overwritten_by_a_reader)
+{
+    const char *fault = fault_of(own_too_kernel, 0, 32, 0);
+    CHECK(!fault[0], "a sound kernel is reported: %s", fault);
+    fault = fault_of(own_too_kernel, 1, 32, 0);
+    CHECK(strstr(fault, "race: store") != NULL, "not a race but '%s'", fault);
 }
 
 static void blocks_kernel(work w)
