@@ -107,6 +107,17 @@ def test_nvidia(arch: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert [row for row in found if row[3]] == [], "spills"
 
 
+@pytest.mark.parametrize("flags", ["-std=c++11", "-std=c++20 -rdc=true --use_fast_math"])
+def test_headers_share_a_file(flags: str, folder: Path) -> None:
+    """Several contracts, and one of them under a second prefix."""
+    generate(folder, CONTRACTS[0], "--backend", "cuda", "--prefix", "eng_")
+    names = [f"nf_{c}_cuda.h" for c in CONTRACTS[::2]] + [f"eng_{CONTRACTS[0]}_cuda.h"]
+    text = "#define NEARFAR_IMPLEMENTATION\n" + "".join(f'#include "{name}"\n' for name in names)
+    (folder / "all.cu").write_text(text, encoding="utf-8")
+    strict = ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror"]
+    run(nvcc(), "-arch", "sm_80", *flags.split(), *strict, "-c", folder / "all.cu", "-o", folder / "all.o")
+
+
 def test_an_engine_in_c_links_a_cuda_header(folder: Path) -> None:
     """One .cu file implements, a C file uses; all that C could meet begins with the kernel's name."""
     c = "favor_cosh_f32_d64_m128"
