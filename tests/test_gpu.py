@@ -168,7 +168,9 @@ NF_KERNEL(64, 1) probe(const uint16_t *in, float *out)
 {
     uint16_t *s = (uint16_t *)nf_shared();
     nf_sums c;
-    s[nf_thread()] = in[nf_thread()];
+    nf_copy_async(s + 8 * nf_thread(), in + 8 * nf_thread(), 16);
+    nf_copy_commit();
+    nf_copy_wait(0);
     nf_barrier();
     for (int i = 0; i < NF_SUMS; i++)
         c.at[i] = 0;
@@ -191,7 +193,14 @@ def test_products_of_fragments_are_single_instructions_on_nvidia(tmp_path: Path)
     flags = ["-Werror", "all-warnings", "-I", ROOT / "include", "-ptx", tmp_path / "probe.cu", "-o", tmp_path / "ptx"]
     run(nvcc(), "-arch", "sm_80", *flags)
     ptx = (tmp_path / "ptx").read_text(encoding="utf-8")
-    for found in ("ldmatrix.sync", "x4.trans", "m16n8k16.row.col.f32.bf16", "m16n8k16.row.col.f32.f16"):
+    for found in (
+        "cp.async.cg",
+        "cp.async.wait_group",
+        "ldmatrix.sync",
+        "x4.trans",
+        "m16n8k16.row.col.f32.bf16",
+        "m16n8k16.row.col.f32.f16",
+    ):
         assert found in ptx
     run(nvcc(), "-arch", "sm_75", *flags)
     assert "mma.sync" not in (tmp_path / "ptx").read_text(encoding="utf-8")
