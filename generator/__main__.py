@@ -114,15 +114,17 @@ def list_operators() -> None:
 
 
 def counts(contract: Contract) -> str:
-    """How many variants there are to choose from: avx512 10, avx2 9."""
-    tally = Counter(v.target for backend in BACKENDS for v in space(contract, backend))
-    return ", ".join(f"{target} {n}" for target, n in tally.items())
+    """How many variants there are to choose from: avx512 10, avx2 9, cuda simt 3."""
+    tally = Counter((backend, v.target) for backend in BACKENDS for v in space(contract, backend))
+    return ", ".join(f"{'' if b == 'cpu' else b + ' '}{target} {n}" for (b, target), n in tally.items())
 
 
 def list_variants(contract: Contract) -> None:
     for backend in BACKENDS:
         shipped = default(contract, backend)
         found = space(contract, backend)
+        if not found:
+            continue
         print(f"nf_{contract.name}_{backend}: {len(found)} variants; * is shipped unless records choose otherwise")
         for variant in found:
             mark = "*" if variant in shipped else " "

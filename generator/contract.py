@@ -11,7 +11,7 @@ from typing import Any
 
 from . import UsageError
 
-BACKENDS = ("cpu",)
+BACKENDS = ("cpu", "cuda", "hip")
 
 
 @dataclass(frozen=True)

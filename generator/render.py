@@ -16,7 +16,7 @@ from typing import Any
 
 from . import UsageError, __version__
 from .contract import BACKENDS, Contract, parse, shown
-from .space import MAX_SHIPPED, Variant, canonical, default, parse_variant, space, targets
+from .space import MAX_SHIPPED, SPACE, Variant, canonical, default, parse_variant, space, targets
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACEHOLDER = "0" * 64  # stands for the content hash while rendering
@@ -63,10 +63,12 @@ def recipes(args: argparse.Namespace, pick: Callable[[Contract], list[Variant]] 
     prefix = check_prefix(args.prefix)
     made = []
     for contract in dict.fromkeys(map(parse, args.contracts)):
+        check_offered(contract, args.backend)
         if args.variants == "all":
             variants = space(contract, args.backend)
         elif args.variants is not None:
-            variants = canonical([parse_variant(v, args.backend) for v in args.variants.split(",")], args.backend)
+            variants = [parse_variant(v, args.backend, contract) for v in args.variants.split(",")]
+            variants = canonical(variants, args.backend)
             if len(variants) > MAX_SHIPPED:
                 raise UsageError(f"option --variants = {len(variants)} variants: a header ships at most {MAX_SHIPPED}")
         else:
@@ -88,6 +90,14 @@ def check_runs(contract: Contract, backend: str, variant: Variant) -> None:
 def check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise UsageError(f"option --backend = {shown(backend)}: must be {' or '.join(BACKENDS)}")
+
+
+def check_offered(contract: Contract, backend: str) -> None:
+    """A GPU has not all operators yet, nor room for the largest states."""
+    if not space(contract, backend):
+        operators = " and ".join(operator for operator, where in SPACE if where == backend)
+        rule = f"{backend} has kernels of {operators}, with states (d * m) of up to about 32768 floats"
+        raise UsageError(f"contract {shown(contract.name)}: {rule}")
 
 
 def check_prefix(prefix: str) -> str:
@@ -132,7 +142,7 @@ def render(recipe: Recipe, root: Path = ROOT) -> str:
     ]
     text: str = (
         environment(root)
-        .get_template("frame.h.j2")
+        .get_template("frame.h.j2" if recipe.backend == "cpu" else "gpu/frame.h.j2")
         .render(
             kernel=recipe.kernel,
             contract=recipe.contract,
@@ -234,9 +244,10 @@ def check(path: Path, recipe_of: Callable[[list[str]], Recipe], root: Path = ROO
 
 def fix_by_name(path: Path) -> str:
     """What makes a missing file, where its name tells."""
-    match = re.fullmatch(r"nf_(.+)_cpu\.h", path.name)
+    match = re.fullmatch(rf"nf_(.+)_({'|'.join(BACKENDS)})\.h", path.name)
     try:
         contract = parse(match[1] if match else "")
     except UsageError:
         return "no such file"
-    return f"to make it: ./nearfar generate {contract.name} -o {shlex.quote(str(path))}"
+    backend = f" --backend {match[2]}" if match and match[2] != "cpu" else ""
+    return f"to make it: ./nearfar generate {contract.name}{backend} -o {shlex.quote(str(path))}"

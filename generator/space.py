@@ -14,7 +14,7 @@ MAX_SHIPPED = 5  # variants in a shipped header
 
 @dataclass(frozen=True)
 class Target:
-    """An instruction set. lanes: floats in a vector; registers: vectors it holds."""
+    """An instruction set. lanes: floats in a vector; registers: vectors it holds (a GPU: 0, see misfit)."""
 
     name: str
     lanes: int
@@ -23,13 +23,16 @@ class Target:
     dtypes: tuple[str, ...] = DTYPES
     operators: tuple[str, ...] = ()  # empty: all
     exponential: bool = False  # of features that are exponentials only
+    square: bool = False  # values as wide as heads only
 
     def runs(self, contract: Contract) -> bool:
         """Has it a kernel for this contract?"""
         known = contract.dtype in self.dtypes and contract.operator in (self.operators or (contract.operator,))
-        return known and (contract.exponential or not self.exponential)
+        features = not self.exponential or not contract.m or contract.exponential
+        return known and features and not (self.square and contract.v)
 
 
+GPU_KERNELS = (("f32",), ("favor", "exact"), True, True)  # what a GPU has kernels for
 # Best first: the order of a header's variants and of the choice at run time.
 TARGETS = {
     "cpu": (
@@ -46,23 +49,27 @@ TARGETS = {
         Target("avx2", 8, 16, "x86-64 with AVX2 and FMA"),
         Target("neon", 4, 32, "64-bit Arm"),
         Target("c", 4, 16, "any processor"),
-    )
+    ),
+    "cuda": (Target("simt", 1, 0, "any NVIDIA GPU from compute capability 7.5 on", *GPU_KERNELS),),
+    "hip": (Target("simt", 1, 0, "any AMD GPU that HIP knows", *GPU_KERNELS),),
 }
 
 
 @dataclass(frozen=True)
 class Variant:
-    """target_c<tokens per chunk>_r<rows>x<vectors>: the register tile holds r rows of x vectors of accumulators."""
+    """target_c<tokens per chunk>_r<rows>x<vectors>: the register tile holds r rows of x vectors of accumulators.
+    On a GPU r threads share x columns of the values, and _s<tokens> is the segment of a sequence that a block takes."""
 
     target: str
     c: int
     r: int
     x: int
     record: str | None = None  # id of the record that chose it
+    s: int = 0
 
     @property
     def suffix(self) -> str:
-        return f"{self.target}_c{self.c}_r{self.r}x{self.x}"
+        return f"{self.target}_c{self.c}_r{self.r}x{self.x}" + (f"_s{self.s}" if self.s else "")
 
     @property
     def recipe(self) -> str:
@@ -92,18 +99,42 @@ HYBRID = CPU | {
     "avx2": {"4x2": (64, 32), "6x2": (96, 48), "4x3": (96, 48), "8x1": (64, 32)},
     "neon": {"4x4": (64, 32), "8x2": (64, 32), "6x4": (48, 96)},
 }
-SPACE = {
-    ("favor", "cpu"): CPU,
-    ("linear", "cpu"): CPU,
-    ("exact", "cpu"): EXACT,
-    ("sparse", "cpu"): EXACT,
-    ("hybrid", "cpu"): HYBRID,
+# On a GPU the threads of a block hold the state in registers: more columns in one, more products for what it reads.
+GPU = {
+    "simt": {
+        "4x1": (16, 32, 8),
+        "4x2": (16, 32, 8),
+        "4x4": (16, 8),
+        "8x1": (16, 8),
+        "8x2": (16, 8),
+        "16x1": (8, 4),
+        "16x2": (8, 4),
+    }
 }
+GPU_EXACT = {"simt": {"4x1": (32, 16), "4x2": (32, 16), "4x4": (16,), "8x1": (32, 16)}}
+SPACE = {
+    **{
+        ("favor", "cpu"): CPU,
+        ("linear", "cpu"): CPU,
+        ("exact", "cpu"): EXACT,
+        ("sparse", "cpu"): EXACT,
+        ("hybrid", "cpu"): HYBRID,
+    },
+    **{("favor", backend): GPU for backend in ("cuda", "hip")},
+    **{("exact", backend): GPU_EXACT for backend in ("cuda", "hip")},
+}
+SEGMENT = 1024  # tokens of a segment, where an operator has a state
 
 
 def fault(variant: Variant, target: Target) -> str | None:
     """The rule that a variant breaks, or None."""
     c, r, x = variant.c, variant.r, variant.x
+    if not target.registers:
+        if c % 4 or not 4 <= c <= 128 or r not in (1, 2, 4, 8, 16, 32) or x not in (1, 2, 4):
+            return "c must be a multiple of 4 from 4 to 128, r 1, 2, 4 and so on to 32, x 1, 2 or 4"
+        return None if not variant.s or variant.s >= 16 else "segments must be of 16 to 9999 tokens"
+    if variant.s:
+        return f"segments are the GPU's: {target.name} has none"
     if not (1 <= r <= 32 and 1 <= x <= 8):
         return "the tile must be r1x1 to r32x8"
     if target.name == "c":
@@ -121,6 +152,26 @@ def fault(variant: Variant, target: Target) -> str | None:
     return None
 
 
+def misfit(contract: Contract, variant: Variant, target: Target) -> str | None:
+    """The rule that a variant breaks with this contract, or None."""
+    if target.registers:
+        return None
+    c, r, d, m = variant.c, variant.r, contract.d, -(-contract.m // (4 * variant.r)) * 4 * variant.r
+    if (variant.s > 0) != (m > 0):
+        return f"it must{'' if m else ' not'} end in _s<tokens>, the segments of operators with a state"
+    threads = d // variant.x * r
+    floats, what = (variant.x * m // r, "the state") if m else (variant.x * c, "the outputs")
+    if m:
+        shared = 4 * (2 * c * (m + 4) + d * (c + 4) + c * d + c * (c + 1) + 3 * m + 6 * c) + 420
+    else:
+        shared = 4 * (d * (3 * c + 5) + c * (c + 9)) + 300
+    if d % variant.x or threads % 32 or threads > 512:
+        return f"d / x * r = {threads} threads of a block must be a multiple of 32 up to 512"
+    if floats > 128 or threads * (floats + 100) > 65536:
+        return f"{threads} threads with {floats} floats of {what} each do not fit a GPU's registers"
+    return None if shared <= 65536 else f"it takes {shared} bytes of shared memory, at most 65536 are everywhere"
+
+
 def targets(backend: str) -> dict[str, Target]:
     return {t.name: t for t in TARGETS[backend]}
 
@@ -129,9 +180,12 @@ def space(contract: Contract, backend: str = "cpu") -> list[Variant]:
     """The candidates that the tuner tries, in canonical order; the first of each target is its default."""
     found = []
     for target in filter(lambda t: t.runs(contract), TARGETS[backend]):
-        for tile, chunks in SPACE[contract.operator, backend].get(target.name, {}).items():
+        for tile, chunks in SPACE.get((contract.operator, backend), {}).get(target.name, {}).items():
             r, x = map(int, tile.split("x"))
-            found += [v for v in (Variant(target.name, c, r, x) for c in chunks) if not fault(v, target)]
+            made = [
+                Variant(target.name, c, r, x, s=SEGMENT if contract.m and not target.registers else 0) for c in chunks
+            ]
+            found += [v for v in made if not fault(v, target) and not misfit(contract, v, target)]
     if len(found) > MAX_TUNING:
         raise ValueError(f"{contract.name}: {len(found)} variants to tune, at most {MAX_TUNING} are allowed")
     return found
@@ -145,18 +199,20 @@ def default(contract: Contract, backend: str = "cpu") -> list[Variant]:
     return list(first.values())
 
 
-def parse_variant(text: str, backend: str = "cpu") -> Variant:
+def parse_variant(text: str, backend: str = "cpu", contract: Contract | None = None) -> Variant:
     """The variant of a suffix such as avx2_c48_r6x2, with @<record> behind it where a record chose it."""
     where = f"variant {shown(text)}"
     number = "([1-9][0-9]{0,3})"
-    match = re.fullmatch(rf"([a-z0-9]+)_c{number}_r{number}x{number}(?:@([0-9a-f]{{8}}))?", text)
+    match = re.fullmatch(rf"([a-z0-9]+)_c{number}_r{number}x{number}(?:_s{number})?(?:@([0-9a-f]{{8}}))?", text)
     if not match:
         raise UsageError(f"{where}: must be written <target>_c<tokens>_r<rows>x<vectors>, such as avx2_c48_r6x2")
     known = targets(backend)
     if match[1] not in known:
         raise UsageError(f"{where}: field 'target' = '{match[1]}': must be {' or '.join(known)}")
-    variant = Variant(match[1], int(match[2]), int(match[3]), int(match[4]), match[5])
+    variant = Variant(match[1], int(match[2]), int(match[3]), int(match[4]), match[6], int(match[5] or 0))
     broken = fault(variant, known[variant.target])
+    if contract and not broken:
+        broken = misfit(contract, variant, known[variant.target])
     if broken:
         raise UsageError(f"{where}: {broken}")
     return variant

@@ -6,6 +6,13 @@
 #include "kernels.h"
 #include "oracle.h"
 
+#ifdef SIMT /* the executor must know what kernels may touch */
+#include "simt/simt.h"
+#else
+#define simt_memory(at, bytes) ((void)0)
+#define simt_forget(at) ((void)0)
+#endif
+
 #ifndef QUICK
 #define QUICK 0 /* 1: shorter lengths, for emulators and sanitizers */
 #endif
@@ -33,11 +40,13 @@ static inline block block_make(size_t bytes, size_t off)
     memset(base, BLANK, b.before + bytes + GUARD + 1);
     b.base = (unsigned char *)base;
     b.data = b.base + b.before;
+    simt_memory(b.data, bytes);
     return b;
 }
 
 static inline void block_free(block *b)
 {
+    simt_forget(b->data);
     free(b->base);
     memset(b, 0, sizeof *b);
 }

@@ -1,15 +1,34 @@
 /* One contract's header, compiled once: the table through which the tests reach it. The build says -DCONTRACT=<name>,
- * -DFEATURES where it has any, and -DNO_BACKWARD where it has none. */
+ * -DBACKEND=cuda or hip to run a GPU's header in the executor, -DFEATURES where the contract has any, and -DNO_BACKWARD
+ * where it has none. */
 #define TEXT(name) #name
 #define NAME(name) TEXT(name)
 #define PASTE(a, b, c) a##b##c
 #define JOIN(a, b, c) PASTE(a, b, c)
-#define K(entry) JOIN(nf_, CONTRACT, _cpu_##entry)
+#ifdef BACKEND
+#include "simt/simt.h"
+#define KERNEL JOIN(CONTRACT, _, BACKEND)
+#else
+#define KERNEL JOIN(CONTRACT, _, cpu)
+#endif
+#define K(entry) JOIN(nf_, KERNEL, _##entry)
 
 #define NEARFAR_IMPLEMENTATION
-#include NAME(JOIN(nf_, CONTRACT, _cpu).h)
+#include NAME(JOIN(nf_, KERNEL, ).h)
 
 #include "kernels.h"
+
+#if defined(BACKEND) && defined(FEATURES)
+/* A GPU's merge asks for the sizes and the stream. */
+static nf_status merge(void *dst, const void *a, const void *b)
+{
+    nf_args args = {.heads = 1};
+    args.batch = ((const nf_state_head *)a)->units;
+    return K(state_merge)(&args, dst, a, b);
+}
+#elif !defined(BACKEND)
+#define merge K(state_merge)
+#endif
 
 const kernel JOIN(kernel_, CONTRACT, ) = {
     .name = NAME(CONTRACT),
@@ -19,9 +38,11 @@ const kernel JOIN(kernel_, CONTRACT, ) = {
 #ifndef NO_BACKWARD
     .backward = K(backward),
 #endif
+#if !defined(BACKEND) || defined(FEATURES)
     .state_bytes = K(state_bytes),
     .state_reset = K(state_reset),
-    .state_merge = K(state_merge),
+    .state_merge = merge,
+#endif
 #ifdef FEATURES
     .projection_bytes = K(projection_bytes),
     .projection_init = K(projection_init),

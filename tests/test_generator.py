@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from generator import UsageError, records, render, space, testing
 from generator.__main__ import main, recipe_of
-from generator.contract import OPERATORS, contracts, parse
+from generator.contract import BACKENDS, OPERATORS, contracts, parse
 from generator.render import ROOT, Recipe, check, variant_code
 from generator.space import Variant, default, parse_variant
 
@@ -164,7 +164,48 @@ def test_space_and_defaults() -> None:
         assert parse_variant(variant.suffix) == variant
     for (operator, backend), table in space.SPACE.items():
         rows = sum(len(chunks) for tiles in table.values() for chunks in tiles.values())
-        assert rows == len(space.space(next(contracts(operator)), backend)), "a row of the table breaks a rule"
+        some = contracts(operator) if backend != "cpu" else [next(contracts(operator))]  # a GPU's rows suit some
+        found = {v for contract in some for v in space.space(contract, backend)}
+        assert rows == len(found), "a row of the table breaks a rule"
+
+
+def test_variants_of_a_gpu() -> None:
+    for contract in contracts("favor"):
+        for variant in space.space(contract, "cuda"):
+            assert parse_variant(variant.suffix, "hip", contract) == variant
+    for name, there in (("favor_cosh_f32_d128_m256", 1), ("favor_cosh_f32_d256_m1024", 0), ("sparse_f32_d64_b64", 0)):
+        assert len(default(parse(name), "cuda")) == there
+    assert {v.s for v in space.space(FAVOR, "cuda")} == {space.SEGMENT}
+    assert {v.s for v in space.space(EXACT, "cuda")} == {0}
+    made = recipe(f"{FAVOR.name} --backend hip --variants simt_c32_r4x2_s64,simt_c16_r4x1_s32@0123abcd")
+    assert recipe(made.command[len("./nearfar generate ") :]) == made
+    text = render.render(made)
+    assert f"nf_{FAVOR.name}_hip_simt_c32_r4x2_s64_forward(" in text and "chosen by record 0123abcd" in text
+    assert text == render.render(made) and "_cuda" not in text.split("==== implementation")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "line"),
+    [
+        (FAVOR.name, "simt_c16_r4x1", "it must end in _s<tokens>"),
+        (EXACT.name, "simt_c16_r4x1_s64", "it must not end in _s<tokens>"),
+        (FAVOR.name, "simt_c16_r3x1_s64", "r 1, 2, 4 and so on to 32"),
+        (FAVOR.name, "simt_c18_r4x1_s64", "c must be a multiple of 4"),
+        (FAVOR.name, "simt_c16_r4x1_s8", "segments must be of 16 to 9999 tokens"),
+        (FAVOR.name, "simt_c8_r16x1_s64", "1024 threads of a block must be a multiple of 32 up to 512"),
+        (FAVOR.name, "simt_c64_r4x1_s64", "bytes of shared memory, at most 65536"),
+        ("favor_cosh_f32_d64_m512", "simt_c8_r2x1_s64", "128 threads with 256 floats of the state each"),
+        ("sparse_f32_d64_b64", "simt_c16_r4x1", "cuda has kernels of favor and exact"),
+        (FAVOR.name, "avx2_c48_r6x2", "field 'target' = 'avx2': must be simt"),
+    ],
+)
+def test_wrong_variants_of_a_gpu(
+    name: str, variant: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", name, "--backend", "cuda", "--variants", variant, "-o", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_space_has_a_cap(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +346,17 @@ def test_check_tells_the_states_apart(small: Path, tmp_path: Path) -> None:
 def test_check_of_missing_files(tmp_path: Path) -> None:
     state, advice = check(tmp_path / "nf_exact_f32_d64_cpu.h", recipe_of)
     assert state == "missing" and "./nearfar generate exact_f32_d64 -o" in advice
+    state, advice = check(tmp_path / "nf_exact_f32_d64_cuda.h", recipe_of)
+    assert state == "missing" and "./nearfar generate exact_f32_d64 --backend cuda -o" in advice
     assert check(tmp_path / "other.h", recipe_of) == ("missing", "no such file")
+
+
+def test_check_of_a_gpu_header(tmp_path: Path) -> None:
+    path = tmp_path / "attention.h"
+    assert main(["generate", FAVOR.name, "--backend", "cuda", "-o", str(path)]) == 0
+    assert check(path, recipe_of) == ("ok", "")
+    path.write_text(path.read_text(encoding="utf-8").replace("NF_SLOTS = 256", "NF_SLOTS = 255"), encoding="utf-8")
+    assert check(path, recipe_of)[0] == "edited"
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -517,7 +568,8 @@ def test_committed_headers_are_what_their_recipes_make() -> None:
     ("args", "line"),
     [
         (["generate"], "arguments are required: CONTRACT"),
-        (["generate", EXACT.name, "--backend", "cuda"], "option --backend = 'cuda': must be cpu"),
+        (["generate", EXACT.name, "--backend", "sycl"], "option --backend = 'sycl': must be cpu or cuda or hip"),
+        (["tune", "--backend", "cuda"], "option --backend = 'cuda': the kernels of a GPU are not timed yet"),
         (
             ["generate", EXACT.name, "--colour"],
             "option or argument '--colour': is unknown (see ./nearfar generate --help)",
@@ -549,7 +601,8 @@ def test_list() -> None:
     lines = run("list", "favor_*_f32_d64_m12[0-9]").stdout.splitlines()
     maps = OPERATORS["favor"].maps
     assert [line.split()[0] for line in lines] == [f"favor_{name}_f32_d64_m128" for name in maps]
-    assert run("list", EXACT.name).stdout.count("needs") == len(space.space(EXACT))
+    variants = [v for backend in BACKENDS for v in space.space(EXACT, backend)]
+    assert run("list", EXACT.name).stdout.count("needs") == len(variants)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,13 @@
 
 #include <string.h>
 
-#define NF_INLINE static inline __attribute__((always_inline, unused))
+/* What a GPU's kernels share with the host. */
+#if defined(__CUDACC__) || defined(__HIPCC__) || defined(__HIP__)
+#define NF_BOTH __attribute__((host, device, unused)) static
+#else
+#define NF_BOTH __attribute__((unused)) static
+#endif
+#define NF_INLINE NF_BOTH inline __attribute__((always_inline))
 
 #define NF_MAGIC_PROJECTION 0x5046524eu /* "NRFP" */
 #define NF_MAGIC_STATE 0x5346524eu      /* "NRFS" */
@@ -33,6 +39,7 @@ typedef struct nf_contract {
     int decays, full_only;                            /* takes decay and flags; takes no causal mask */
     int32_t eps;                                      /* NF_EPS_... */
     nf_status (*check_pattern)(struct nf_plan *plan); /* of operators over a pattern */
+    int device; /* projection, state and cu_tokens lie in a GPU's memory: its kernels look at them, the host cannot */
 } nf_contract;
 
 /* The backward's side of a unit, all strides resolved. */
@@ -89,7 +96,7 @@ static int64_t nf_product(int64_t a, int64_t b)
     return a * b;
 }
 
-NF_UNUSED static uint64_t nf_hash(uint64_t hash, const void *data, size_t bytes)
+NF_BOTH uint64_t nf_hash(uint64_t hash, const void *data, size_t bytes)
 {
     const unsigned char *p = (const unsigned char *)data;
     for (size_t i = 0; i < bytes; i++)
@@ -98,30 +105,30 @@ NF_UNUSED static uint64_t nf_hash(uint64_t hash, const void *data, size_t bytes)
 }
 
 /* Square root by Newton's rule: no libm, the same bits everywhere. */
-NF_UNUSED static double nf_sqrt(double x)
+NF_BOTH double nf_sqrt(double x)
 {
     uint64_t bits;
     double y;
     if (!(x > 0))
         return 0;
-    memcpy(&bits, &x, sizeof bits);
+    __builtin_memcpy(&bits, &x, sizeof bits);
     bits = (bits >> 1) + ((uint64_t)1023 << 51);
-    memcpy(&y, &bits, sizeof y);
+    __builtin_memcpy(&y, &bits, sizeof y);
     for (int i = 0; i < 5; i++)
         y = 0.5 * (y + x / y);
     return y;
 }
 
 /* Natural logarithm of a positive normal float, relative error below 1e-12, without libm. */
-NF_UNUSED static double nf_log(double x)
+NF_BOTH double nf_log(double x)
 {
     uint64_t bits;
     int64_t exponent;
     double m, s, s2;
-    memcpy(&bits, &x, sizeof bits);
+    __builtin_memcpy(&bits, &x, sizeof bits);
     exponent = (int64_t)((bits >> 52) & 2047) - 1023;
     bits = (bits & 0xfffffffffffffu) | ((uint64_t)1023 << 52);
-    memcpy(&m, &bits, sizeof m);
+    __builtin_memcpy(&m, &bits, sizeof m);
     if (m > 1.4142135623730951) {
         m *= 0.5;
         exponent++;
@@ -150,13 +157,13 @@ NF_UNUSED static double nf_exp(double x)
 }
 
 /* ln of den * 2^exponent, plus shift; -inf for an empty sum. */
-NF_UNUSED static float nf_lse(float den, double exponent, double shift)
+NF_BOTH float nf_lse(float den, double exponent, double shift)
 {
     uint32_t bits;
-    memcpy(&bits, &den, sizeof bits);
+    __builtin_memcpy(&bits, &den, sizeof bits);
     if (bits << 1 == 0) {
         bits = 0xff800000u;
-        memcpy(&den, &bits, sizeof den);
+        __builtin_memcpy(&den, &bits, sizeof den);
     } else if (den > 0) {
         den = (float)(nf_log((double)den) + 0.69314718055994531 * exponent + shift);
     }
@@ -171,7 +178,7 @@ NF_INLINE int nf_aligned(const void *p, size_t alignment)
 NF_INLINE int nf_finite(float x)
 {
     uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
+    __builtin_memcpy(&bits, &x, sizeof bits);
     return (bits & 0x7f800000u) != 0x7f800000u;
 }
 
@@ -179,8 +186,29 @@ NF_INLINE int nf_finite(float x)
 NF_INLINE int nf_unseen(float lse)
 {
     uint32_t bits;
-    memcpy(&bits, &lse, sizeof bits);
+    __builtin_memcpy(&bits, &lse, sizeof bits);
     return bits == 0xff800000u;
+}
+
+/* x > limit >= 0, or x is NaN; told from the bits, so that no compiler flag changes the answer. */
+NF_INLINE int nf_beyond(float x, float limit)
+{
+    uint32_t a, b;
+    __builtin_memcpy(&a, &x, sizeof a);
+    __builtin_memcpy(&b, &limit, sizeof b);
+    return (a & 0x7fffffffu) > 0x7f800000u || (!(a >> 31) && a > b);
+}
+
+/* 2^step of a whole step <= 0, exact; 0 below the normal numbers. */
+NF_BOTH float nf_power_of_two(float step)
+{
+    uint32_t bits;
+    float x;
+    if (!(step >= -126.0f))
+        return 0;
+    bits = (uint32_t)((int32_t)step + 127) << 23;
+    __builtin_memcpy(&x, &bits, sizeof x);
+    return x;
 }
 
 /* Do the bytes [a, a + na) and [b, b + nb) meet? */
@@ -226,28 +254,28 @@ static nf_status nf_extent(const nf_contract *c, int64_t dim, int64_t batch, int
 }
 
 /* The decay of a unit. */
-NF_UNUSED static float nf_decay(const nf_plan *p, int64_t unit)
+NF_BOTH float nf_decay(const nf_contract *c, const nf_plan *p, int64_t unit)
 {
     const nf_args *a = &p->args;
-    return p->contract->decays && a->decay ? a->decay[unit % a->kv_heads] : 0;
+    return c->decays && a->decay ? a->decay[unit % a->kv_heads] : 0;
 }
 
 /* The hash that ties a state to the features, the scale, the decay and the pattern it was made with. */
-NF_UNUSED static uint64_t nf_state_hash(const nf_plan *p, int64_t unit)
+NF_BOTH uint64_t nf_state_hash(const nf_contract *c, const nf_plan *p, int64_t unit)
 {
     const nf_args *a = &p->args;
-    uint64_t hash = p->contract->hash;
-    if (p->contract->decays) {
-        const float numbers[2] = {a->scale, nf_decay(p, unit)};
+    uint64_t hash = c->hash;
+    if (c->decays) {
+        const float numbers[2] = {a->scale, nf_decay(c, p, unit)};
         hash = nf_hash(hash, numbers, sizeof numbers);
     }
-    if (p->contract->projection) {
+    if (c->projection) {
         const char *projection = (const char *)a->projection + (size_t)(unit % a->kv_heads) * a->projection_stride;
         hash = nf_hash(((const nf_projection_head *)(const void *)projection)->hash, &a->scale, sizeof a->scale);
         if (a->eps > 0)
             hash = nf_hash(hash, &a->eps, sizeof a->eps);
     }
-    if (p->contract->block) {
+    if (c->block) {
         const int64_t pattern[3] = {p->window, p->globals, (int64_t)a->pattern->flags};
         hash = nf_hash(hash, pattern, sizeof pattern);
     }
@@ -255,7 +283,7 @@ NF_UNUSED static uint64_t nf_state_hash(const nf_plan *p, int64_t unit)
 }
 
 /* The nf_state_unit of a unit. */
-NF_UNUSED static nf_state_unit *nf_state_at(const nf_plan *p, int64_t unit)
+NF_BOTH nf_state_unit *nf_state_at(const nf_plan *p, int64_t unit)
 {
     return (nf_state_unit *)(void *)((char *)p->args.state + sizeof(nf_state_head) + (size_t)unit * p->state_unit);
 }
@@ -323,13 +351,13 @@ static nf_status nf_check_shape(const nf_contract *c, const nf_args *args, nf_pl
     if (a->cu_tokens) {
         if (!nf_aligned(a->cu_tokens, sizeof(int32_t)))
             return NF_E_ALIGN;
-        if (a->sequences < 1 || a->batch != 1 || a->kv_tokens != a->q_tokens || a->cu_tokens[0] != 0)
+        if (a->sequences < 1 || a->batch != 1 || a->kv_tokens != a->q_tokens)
             return NF_E_PACKED;
-        for (int64_t s = 0; s < a->sequences; s++)
+        if (!c->device && (a->cu_tokens[0] != 0 || a->cu_tokens[a->sequences] != a->q_tokens))
+            return NF_E_PACKED;
+        for (int64_t s = 0; s < a->sequences && !c->device; s++)
             if (a->cu_tokens[s + 1] < a->cu_tokens[s])
                 return NF_E_PACKED;
-        if (a->cu_tokens[a->sequences] != a->q_tokens)
-            return NF_E_PACKED;
     } else if (a->sequences) {
         return NF_E_PACKED;
     }
@@ -379,7 +407,7 @@ static nf_status nf_check_projection(const nf_plan *p)
         return NF_E_STRIDE;
     if (nf_product(a->kv_heads, (int64_t)a->projection_stride) < 0)
         return NF_E_OVERFLOW;
-    for (int64_t h = 0; h < (a->projection_stride ? a->kv_heads : 1); h++) {
+    for (int64_t h = 0; h < (a->projection_stride ? a->kv_heads : 1) && !p->contract->device; h++) {
         const nf_projection_head *head =
             (const nf_projection_head *)(const void *)((const char *)a->projection + (size_t)h * a->projection_stride);
         if (head->magic != NF_MAGIC_PROJECTION || head->abi != NF_CORE_ABI || head->contract != p->contract->hash)
@@ -401,13 +429,15 @@ static nf_status nf_check_state(const nf_plan *p)
         return NF_E_STATE;
     if (!nf_aligned(a->state, NF_ALIGN))
         return NF_E_ALIGN;
+    if (p->contract->device)
+        return NF_OK;
     if (head->magic != NF_MAGIC_STATE || head->abi != NF_CORE_ABI || head->contract != p->contract->hash ||
         head->units != p->units || head->unit_bytes != (int64_t)p->state_unit || head->globals != p->globals ||
         head->ring != p->ring)
         return NF_E_STATE;
     for (int64_t u = p->begin; u < p->end; u++) {
         const nf_state_unit *unit = nf_state_at(p, u);
-        if (unit->hash != nf_state_hash(p, u) || unit->tokens < 0 || unit->tokens > (int64_t)1 << 47)
+        if (unit->hash != nf_state_hash(p->contract, p, u) || unit->tokens < 0 || unit->tokens > (int64_t)1 << 47)
             return NF_E_STATE;
     }
     return NF_OK;
@@ -487,8 +517,8 @@ static nf_status nf_check_workspace(const nf_contract *c, const void *workspace,
 }
 
 /* Everything about a forward or decode call. Writes nothing but *p. */
-static nf_status nf_check(const nf_contract *c, const nf_args *args, void *workspace, size_t bytes, int decode,
-                          nf_plan *p)
+NF_UNUSED static nf_status nf_check(const nf_contract *c, const nf_args *args, void *workspace, size_t bytes,
+                                    int decode, nf_plan *p)
 {
     const int stateful = c->features || c->block;
     nf_status status = nf_check_shape(c, args, p);
@@ -560,24 +590,24 @@ NF_UNUSED static nf_status nf_check_backward(const nf_contract *c, const nf_args
 }
 
 /* A unit's place in a tensor. */
-static size_t nf_offset(const nf_plan *p, int64_t batch, int64_t token, int64_t head, int64_t batch_stride,
-                        int64_t token_stride, int64_t head_stride)
+NF_BOTH size_t nf_offset(const nf_contract *c, int64_t batch, int64_t token, int64_t head, int64_t batch_stride,
+                         int64_t token_stride, int64_t head_stride)
 {
-    return (size_t)(batch * batch_stride + token * token_stride + head * head_stride) * p->contract->element;
+    return (size_t)(batch * batch_stride + token * token_stride + head * head_stride) * c->element;
 }
 #define NF_AT(pointer, tensor, head) \
     ((pointer)(tensor).data + \
-     nf_offset(p, batch, first, head, (tensor).batch_stride, (tensor).token_stride, (tensor).head_stride))
+     nf_offset(c, batch, first, head, (tensor).batch_stride, (tensor).token_stride, (tensor).head_stride))
 
 /* The unit of a plan. */
-static nf_unit nf_unit_at(const nf_plan *p, int64_t unit, nf_unit_grads *grads)
+NF_BOTH nf_unit nf_unit_at(const nf_contract *c, const nf_plan *p, int64_t unit, nf_unit_grads *grads)
 {
     const nf_args *a = &p->args;
     const int64_t entry = unit / a->kv_heads, h = unit % a->kv_heads, batch = a->cu_tokens ? 0 : entry;
     const int64_t first = a->cu_tokens ? a->cu_tokens[entry] : 0, head = h * p->group;
     const int64_t row = (batch * a->heads + head) * a->q_tokens + first;
     nf_unit u;
-    memset(&u, 0, sizeof u);
+    __builtin_memset(&u, 0, sizeof u);
     u.q_tokens = a->cu_tokens ? a->cu_tokens[entry + 1] - first : a->q_tokens;
     u.kv_tokens = a->cu_tokens ? u.q_tokens : a->kv_tokens;
     u.q_stride = a->q.token_stride, u.k_stride = a->k.token_stride;
@@ -596,24 +626,23 @@ static nf_unit nf_unit_at(const nf_plan *p, int64_t unit, nf_unit_grads *grads)
     }
     u.group = p->group;
     u.scale = a->scale, u.eps = a->eps;
-    u.decay = nf_decay(p, unit);
+    u.decay = nf_decay(c, p, unit);
     u.mask = a->mask;
     u.flags = a->flags;
-    u.projection = a->projection && p->contract->projection
-                       ? (const char *)a->projection + (size_t)h * a->projection_stride
-                       : NULL;
+    u.projection =
+        a->projection && c->projection ? (const char *)a->projection + (size_t)h * a->projection_stride : NULL;
     u.pattern = a->pattern;
     u.first_head = head;
     u.window = p->window, u.globals = p->globals, u.ring = p->ring;
     if (a->state && !p->grads) {
         u.state = nf_state_at(p, unit);
         u.past = u.state->tokens;
-        u.near_key = (float *)(void *)(u.state + 1) + p->contract->features * (p->contract->values + 2);
-        u.near_value = u.near_key + (p->globals + p->ring) * p->contract->dim;
+        u.near_key = (float *)(void *)(u.state + 1) + c->features * (c->values + 2);
+        u.near_value = u.near_key + (p->globals + p->ring) * c->dim;
     }
-    if (p->grads) {
+    if (p->grads && grads) {
         const nf_grads *g = p->grads;
-        memset(grads, 0, sizeof *grads);
+        __builtin_memset(grads, 0, sizeof *grads);
         grads->out_stride = g->out.token_stride, grads->dout_stride = g->dout.token_stride;
         grads->dq_stride = g->dq.token_stride, grads->dk_stride = g->dk.token_stride;
         grads->dv_stride = g->dv.token_stride;
@@ -637,11 +666,11 @@ static nf_unit nf_unit_at(const nf_plan *p, int64_t unit, nf_unit_grads *grads)
 #undef NF_AT
 
 /* Run every unit of a checked plan. */
-static void nf_run(const nf_plan *p, nf_unit_fn run, void *workspace)
+NF_UNUSED static void nf_run(const nf_plan *p, nf_unit_fn run, void *workspace)
 {
     for (int64_t unit = p->begin; unit < p->end; unit++) {
         nf_unit_grads grads;
-        const nf_unit u = nf_unit_at(p, unit, &grads);
+        const nf_unit u = nf_unit_at(p->contract, p, unit, &grads);
         run(&u, workspace);
         if (u.state)
             u.state->tokens += u.kv_tokens;

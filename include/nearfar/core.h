@@ -60,13 +60,14 @@ extern "C" {
     X(NF_E_DECAY, -22, "every decay must be finite and not above 0, and decay needs the causal mask") \
     X(NF_E_EPS, -23, \
       "eps must be 0, or from 1e-9 to 1 with an uncalibrated projection: of relu, or of exp with NF_FULL, without a " \
-      "state, in a forward")
+      "state, in a forward") \
+    X(NF_E_LAUNCH, -24, "the GPU's runtime refused the launch: ask it for its last error")
 
 typedef enum nf_status {
 #define NF_STATUS_ENUM(name, value, text) name = value,
     NF_STATUS_LIST(NF_STATUS_ENUM)
 #undef NF_STATUS_ENUM
-        NF_STATUS_COUNT = 24
+        NF_STATUS_COUNT = 25
 } nf_status;
 
 /* The sentence that belongs to a status. */

@@ -408,10 +408,10 @@ NF_INLINE float nf_whole(double x)
 }
 
 /* floor(log2 x) of a number above the limit, otherwise 0. */
-NF_UNUSED static float nf_exponent(float x, float limit)
+NF_BOTH float nf_exponent(float x, float limit)
 {
     uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
+    __builtin_memcpy(&bits, &x, sizeof bits);
     return x > limit && nf_finite(x) ? (float)((int32_t)(bits >> 23) - 127) : 0.0f;
 }
 
@@ -427,7 +427,7 @@ NF_UNUSED static float nf_exponent(float x, float limit)
 
 /* Bring z and S (laid out as nf_state_copy says) from the references r to those in `to`. Whole numbers: the factors are
  * powers of two, exact. */
-static void nf_rescale(float *r, float *z, float *s, int m, int width, int panel, const float *to)
+NF_UNUSED static void nf_rescale(float *r, float *z, float *s, int m, int width, int panel, const float *to)
 {
     for (int i = 0; i < m; i++) {
         const float factor = nf_power_of_two(r[i] - to[i]);

@@ -312,15 +312,6 @@ NF_INLINE NF_V8 nf_v8_t nf_v8_floor(nf_v8_t x)
 }
 #endif
 
-/* x > limit >= 0, or x is NaN; told from the bits, so that no compiler flag changes the answer. */
-NF_INLINE int nf_beyond(float x, float limit)
-{
-    uint32_t a, b;
-    memcpy(&a, &x, sizeof a);
-    memcpy(&b, &limit, sizeof b);
-    return (a & 0x7fffffffu) > 0x7f800000u || (!(a >> 31) && a > b);
-}
-
 /* Four lanes anywhere: NEON, or the vector extension of GCC and Clang. */
 #define NF_V4
 #define NF_V4_LANES 4

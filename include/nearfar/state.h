@@ -3,18 +3,6 @@
 #ifndef NF_STATE_READY
 #define NF_STATE_READY
 
-/* 2^step of a whole step <= 0, exact; 0 below the normal numbers. */
-static float nf_power_of_two(float step)
-{
-    uint32_t bits;
-    float x;
-    if (!(step >= -126.0f))
-        return 0;
-    bits = (uint32_t)((int32_t)step + 127) << 23;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
 /* A state's R, z, S [m][dim] into the workspace or back, there S in panels of `panel` dims, each [m][panel]. */
 NF_UNUSED static void nf_state_copy(nf_state_unit *state, int m, int dim, int panel, float *r, float *z, float *s,
                                     int store)
@@ -130,8 +118,8 @@ static nf_status nf_state_reset(const nf_contract *c, const nf_args *args)
     for (int64_t u = 0; u < p.units; u++) {
         nf_state_unit *unit = nf_state_at(&p, u);
         float *r = (float *)(void *)(unit + 1);
-        unit->hash = nf_state_hash(&p, u);
-        unit->decay = nf_decay(&p, u);
+        unit->hash = nf_state_hash(c, &p, u);
+        unit->decay = nf_decay(c, &p, u);
         for (int64_t i = 0; i < c->features; i++)
             r[i] = NF_NO_KEY;
     }

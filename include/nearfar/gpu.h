@@ -1,0 +1,613 @@
+/* ---- GPU: one vocabulary for CUDA, for HIP, and for the executor of the tests (tests/simt), which runs kernels on a
+ * CPU
+ *
+ * Kernels are C in the common subset of C and C++. A block is one row of threads; lanes of a warp are neighbours. A
+ * group of lanes (a power of two, up to 32) shuffles alike in warps of 32 and of 64.
+ */
+#ifndef NF_GPU_READY
+#define NF_GPU_READY
+
+#if defined(NEARFAR_SIMT)
+
+/* tests/simt/simt.h has been included before and defines all of it. */
+
+#elif defined(__CUDACC__)
+
+#ifdef __cplusplus
+extern "C++" {
+#endif
+#include <cuda_runtime.h>
+#ifdef __cplusplus
+}
+#endif
+
+#define NF_GPU(name) cuda##name
+/* A kernel of so many threads a block, and at least so many blocks at once (which bounds its registers). */
+#define NF_KERNEL(threads, blocks) static __global__ void __launch_bounds__(threads, blocks)
+#define NF_DEVICE static __device__ __forceinline__ __attribute__((unused))
+#define NF_UNROLLED _Pragma("unroll")
+#define NF_UNROLLED_BY(n) NF_PRAGMA(unroll n)
+#define NF_PRAGMA(text) _Pragma(#text)
+
+typedef float4 nf_float4;
+
+NF_DEVICE nf_float4 nf_load4(const float *p)
+{
+    return *(const nf_float4 *)(const void *)p;
+}
+
+NF_DEVICE void nf_store4(float *p, nf_float4 x)
+{
+    *(nf_float4 *)(void *)p = x;
+}
+
+NF_DEVICE int nf_thread(void)
+{
+    return (int)threadIdx.x;
+}
+
+NF_DEVICE int64_t nf_block_x(void)
+{
+    return (int64_t)blockIdx.x;
+}
+
+NF_DEVICE int64_t nf_block_y(void)
+{
+    return (int64_t)blockIdx.y;
+}
+
+/* The block's shared memory, as large as the launch says; its content is arbitrary. */
+NF_DEVICE void *nf_shared(void)
+{
+    extern __shared__ __align__(16) unsigned char nf_shared_memory[];
+    return nf_shared_memory;
+}
+
+/* All threads of the block arrive; what they wrote before is seen by all. */
+NF_DEVICE void nf_barrier(void)
+{
+    __syncthreads();
+}
+
+/* The lanes of the warp arrive; what they wrote before is seen by them. */
+NF_DEVICE void nf_warp_barrier(void)
+{
+    __syncwarp();
+}
+
+/* x of the lane whose number differs in the bits of `other`, below 32. All lanes of the warp take part. */
+NF_DEVICE float nf_lane_xor(float x, int other)
+{
+    return __shfl_xor_sync(0xffffffffu, x, other);
+}
+
+NF_DEVICE double nf_lane_xor_double(double x, int other)
+{
+    return __shfl_xor_sync(0xffffffffu, x, other);
+}
+
+/* The smallest of many threads' numbers in shared memory. */
+NF_DEVICE void nf_smallest(int *p, int x)
+{
+    atomicMin(p, x);
+}
+
+NF_DEVICE float nf_exp2(float x)
+{
+    return exp2f(x);
+}
+
+NF_DEVICE float nf_floor(float x)
+{
+    return floorf(x);
+}
+
+NF_DEVICE float nf_fma(float a, float b, float c)
+{
+    return fmaf(a, b, c);
+}
+
+/* Four 8 x 8 matrices of 16-bit numbers: lane 8i + j names row j of matrix i (16 aligned bytes) and gets, of each
+ * matrix, numbers 2 (lane % 4) and the next of row lane / 4; transposed, of column lane / 4. */
+NF_DEVICE void nf_ldmatrix(uint32_t *r, const void *row)
+{
+#if __CUDA_ARCH__ >= 750
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((uint32_t)__cvta_generic_to_shared(row)));
+#endif
+}
+
+NF_DEVICE void nf_ldmatrix_transposed(uint32_t *r, const void *row)
+{
+#if __CUDA_ARCH__ >= 750
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((uint32_t)__cvta_generic_to_shared(row)));
+#endif
+}
+
+/* c [16][8] += a [16][16] b [16][8] of bf16, and of f16. */
+NF_DEVICE void nf_mma_bf16_16x8(float *c, const uint32_t *a, const uint32_t *b)
+{
+#if __CUDA_ARCH__ >= 800
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+NF_DEVICE void nf_mma_f16_16x8(float *c, const uint32_t *a, const uint32_t *b)
+{
+#if __CUDA_ARCH__ >= 800
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+/* Copy 16 bytes to shared memory behind the program's back, the last 16 - given of them zeros; what was committed in a
+ * group is there after the wait that leaves fewer groups open. */
+NF_DEVICE void nf_copy_async(void *to, const void *from, int given)
+{
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
+                 "l"(from), "r"(given)
+                 : "memory");
+#endif
+}
+
+NF_DEVICE void nf_copy_commit(void)
+{
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+/* `open` must be a constant. */
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define nf_copy_wait(open) asm volatile("cp.async.wait_group %0;" ::"n"(open) : "memory")
+#else
+#define nf_copy_wait(open) (void)(open)
+#endif
+
+#elif defined(__HIPCC__) || defined(__HIP__)
+
+/* The device's side stands on the compiler's builtins alone, so that clang can check it where no ROCm is. */
+#ifdef __cplusplus
+extern "C++" {
+#endif
+#include <hip/hip_runtime_api.h>
+#ifdef __cplusplus
+}
+#endif
+
+#define NF_GPU(name) hip##name
+#define NF_KERNEL(threads, blocks) \
+    static __attribute__((global)) void __attribute__((amdgpu_flat_work_group_size(threads, threads)))
+#define NF_DEVICE static inline __attribute__((device, always_inline, unused))
+#define NF_UNROLLED _Pragma("unroll")
+#define NF_UNROLLED_BY(n) NF_PRAGMA(unroll n)
+#define NF_PRAGMA(text) _Pragma(#text)
+
+typedef struct __attribute__((aligned(16))) nf_float4 {
+    float x, y, z, w;
+} nf_float4;
+
+NF_DEVICE nf_float4 nf_load4(const float *p)
+{
+    return *(const nf_float4 *)(const void *)p;
+}
+
+NF_DEVICE void nf_store4(float *p, nf_float4 x)
+{
+    *(nf_float4 *)(void *)p = x;
+}
+
+NF_DEVICE int nf_thread(void)
+{
+    return (int)__builtin_amdgcn_workitem_id_x();
+}
+
+NF_DEVICE int64_t nf_block_x(void)
+{
+    return (int64_t)__builtin_amdgcn_workgroup_id_x();
+}
+
+NF_DEVICE int64_t nf_block_y(void)
+{
+    return (int64_t)__builtin_amdgcn_workgroup_id_y();
+}
+
+extern __attribute__((shared, aligned(16))) unsigned char nf_shared_memory[];
+
+NF_DEVICE void *nf_shared(void)
+{
+    return (void *)nf_shared_memory;
+}
+
+NF_DEVICE void nf_barrier(void)
+{
+    __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
+    __builtin_amdgcn_s_barrier();
+    __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
+}
+
+NF_DEVICE void nf_warp_barrier(void)
+{
+    __builtin_amdgcn_fence(__ATOMIC_RELEASE, "wavefront");
+    __builtin_amdgcn_wave_barrier();
+    __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront");
+}
+
+NF_DEVICE int nf_lane_xor_bits(int bits, int other)
+{
+    const int lane = (int)__builtin_amdgcn_mbcnt_hi(~0u, __builtin_amdgcn_mbcnt_lo(~0u, 0u));
+    return __builtin_amdgcn_ds_bpermute((lane ^ other) * 4, bits);
+}
+
+NF_DEVICE float nf_lane_xor(float x, int other)
+{
+    return __builtin_bit_cast(float, nf_lane_xor_bits(__builtin_bit_cast(int, x), other));
+}
+
+NF_DEVICE double nf_lane_xor_double(double x, int other)
+{
+    const uint64_t bits = __builtin_bit_cast(uint64_t, x);
+    const uint64_t low = (uint32_t)nf_lane_xor_bits((int)(uint32_t)bits, other);
+    const uint64_t high = (uint32_t)nf_lane_xor_bits((int)(uint32_t)(bits >> 32), other);
+    return __builtin_bit_cast(double, high << 32 | low);
+}
+
+NF_DEVICE void nf_smallest(int *p, int x)
+{
+    __hip_atomic_fetch_min(p, x, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_WORKGROUP);
+}
+
+NF_DEVICE float nf_exp2(float x)
+{
+    return __builtin_amdgcn_exp2f(x);
+}
+
+NF_DEVICE float nf_floor(float x)
+{
+    return __builtin_floorf(x);
+}
+
+NF_DEVICE float nf_fma(float a, float b, float c)
+{
+    return __builtin_fmaf(a, b, c);
+}
+
+/* No copies behind the program's back here: what was copied is there at once. */
+NF_DEVICE void nf_copy_async(void *to, const void *from, int given)
+{
+    nf_float4 x = {0, 0, 0, 0};
+    if (given == 16)
+        x = *(const nf_float4 *)from;
+    else
+        for (int i = 0; i < given / 2; i++)
+            ((uint16_t *)&x)[i] = ((const uint16_t *)from)[i];
+    *(nf_float4 *)to = x;
+}
+
+NF_DEVICE void nf_copy_commit(void)
+{
+}
+
+NF_DEVICE void nf_copy_wait(int open)
+{
+    (void)open;
+}
+
+/* c += a b for a tile of 16 x 16: MFMA of CDNA (waves of 64), WMMA of RDNA (waves of 32). Other GPUs have none. */
+typedef float nf_float4x __attribute__((ext_vector_type(4)));
+typedef float nf_float8x __attribute__((ext_vector_type(8)));
+typedef short nf_short4x __attribute__((ext_vector_type(4)));
+typedef short nf_short8x __attribute__((ext_vector_type(8)));
+typedef short nf_short16x __attribute__((ext_vector_type(16)));
+typedef _Float16 nf_half4x __attribute__((ext_vector_type(4)));
+typedef _Float16 nf_half8x __attribute__((ext_vector_type(8)));
+typedef _Float16 nf_half16x __attribute__((ext_vector_type(16)));
+
+#if defined(__gfx90a__) || defined(__gfx940__) || defined(__gfx941__) || defined(__gfx942__) || defined(__gfx950__)
+#define NF_FRAGMENTS NF_CDNA
+#define NF_MATRIX(type, builtin, sums) \
+    type x, y; \
+    nf_float##sums##x z; \
+    __builtin_memcpy(&x, a, sizeof x), __builtin_memcpy(&y, b, sizeof y), __builtin_memcpy(&z, c, sizeof z); \
+    z = builtin(x, y, z, 0, 0, 0); \
+    __builtin_memcpy(c, &z, sizeof z);
+#elif defined(__GFX11__) || defined(__GFX12__)
+#define NF_FRAGMENTS NF_RDNA3
+#define NF_MATRIX(type, builtin, sums) \
+    type x, y; \
+    nf_float##sums##x z; \
+    __builtin_memcpy(&x, a, sizeof x), __builtin_memcpy(&y, b, sizeof y), __builtin_memcpy(&z, c, sizeof z); \
+    z = builtin(x, y, z); \
+    __builtin_memcpy(c, &z, sizeof z);
+#if defined(__GFX12__)
+#undef NF_FRAGMENTS
+#define NF_FRAGMENTS NF_RDNA4
+#endif
+#endif
+
+NF_DEVICE void nf_matrix_bf16(float *c, const uint32_t *a, const uint32_t *b)
+{
+#if defined(__GFX12__)
+    NF_MATRIX(nf_short8x, __builtin_amdgcn_wmma_f32_16x16x16_bf16_w32_gfx12, 8)
+#elif defined(__GFX11__)
+    NF_MATRIX(nf_short16x, __builtin_amdgcn_wmma_f32_16x16x16_bf16_w32, 8)
+#elif defined(NF_FRAGMENTS)
+    NF_MATRIX(nf_short4x, __builtin_amdgcn_mfma_f32_16x16x16bf16_1k, 4)
+#else
+    (void)c, (void)a, (void)b;
+#endif
+}
+
+NF_DEVICE void nf_matrix_f16(float *c, const uint32_t *a, const uint32_t *b)
+{
+#if defined(__GFX12__)
+    NF_MATRIX(nf_half8x, __builtin_amdgcn_wmma_f32_16x16x16_f16_w32_gfx12, 8)
+#elif defined(__GFX11__)
+    NF_MATRIX(nf_half16x, __builtin_amdgcn_wmma_f32_16x16x16_f16_w32, 8)
+#elif defined(NF_FRAGMENTS)
+    NF_MATRIX(nf_half4x, __builtin_amdgcn_mfma_f32_16x16x16f16, 4)
+#else
+    (void)c, (void)a, (void)b;
+#endif
+}
+
+#else
+#error \
+    "the implementation of a GPU header needs nvcc or hipcc (or clang -x cuda, -x hip); without it, only declarations"
+#endif
+
+/* ---- fragments: tiles of 16 x 16 on the matrix units
+ * ------------------------------------------------------------------
+ *
+ * One product for all: c [16][16] += a [16][16] b [16][16], a and b of 16-bit numbers, spread over the lanes of a warp
+ * as the vendors document it: NF_SM80, PTX ISA "matrix fragments for mma.m16n8k16"; NF_CDNA, CDNA3 ISA "matrix
+ * arithmetic instructions", 16x16x16; NF_RDNA3 and NF_RDNA4, the ISA's "wave matrix multiply accumulate". Templates see
+ * only nf_rows, nf_columns, nf_product_bf16, nf_product_f16, and where a number of c belongs.
+ */
+#define NF_SM80 1
+#define NF_CDNA 2
+#define NF_RDNA3 3
+#define NF_RDNA4 4
+#if !defined(NF_FRAGMENTS) && !(defined(__HIPCC__) || defined(__HIP__))
+#define NF_FRAGMENTS NF_SM80
+#endif
+
+#ifdef NF_FRAGMENTS
+#if NF_FRAGMENTS == NF_CDNA
+enum { NF_FRAGMENT_WORDS = 2, NF_SUMS = 4, NF_FRAGMENT_LANES = 64 };
+#elif NF_FRAGMENTS == NF_RDNA3
+enum { NF_FRAGMENT_WORDS = 8, NF_SUMS = 8, NF_FRAGMENT_LANES = 32 };
+#else
+enum { NF_FRAGMENT_WORDS = 4, NF_SUMS = 8, NF_FRAGMENT_LANES = 32 };
+#endif
+
+/* A lane's share of a (rows by k) or b (columns by k), and of c. */
+typedef struct nf_fragment {
+    uint32_t word[NF_FRAGMENT_WORDS];
+} nf_fragment;
+
+typedef struct nf_sums {
+    float at[NF_SUMS];
+} nf_sums;
+
+NF_DEVICE int nf_lane(void)
+{
+    return nf_thread() % NF_FRAGMENT_LANES;
+}
+
+#if NF_FRAGMENTS != NF_SM80
+/* Where on AMD a lane's numbers along k begin. */
+NF_DEVICE int nf_first_k(void)
+{
+    return NF_FRAGMENTS == NF_RDNA3 ? 0 : nf_lane() / 16 * (2 * NF_FRAGMENT_WORDS);
+}
+#endif
+
+/* A fragment from shared memory: row i (of a; column i of b) at tile + i * stride, along k. Rows begin at multiples of
+ * 16 bytes. */
+NF_DEVICE nf_fragment nf_rows(const uint16_t *tile, int stride)
+{
+    nf_fragment f;
+#if NF_FRAGMENTS == NF_SM80
+    nf_ldmatrix(f.word, tile + nf_lane() % 16 * stride + nf_lane() / 16 * 8);
+#else
+    const uint32_t *row = (const uint32_t *)(const void *)(tile + nf_lane() % 16 * stride + nf_first_k());
+    NF_UNROLLED
+    for (int i = 0; i < NF_FRAGMENT_WORDS; i++)
+        f.word[i] = row[i];
+#endif
+    return f;
+}
+
+/* The same from a tile that lies the other way: k runs from row to row. */
+NF_DEVICE nf_fragment nf_columns(const uint16_t *tile, int stride)
+{
+    nf_fragment f;
+#if NF_FRAGMENTS == NF_SM80
+    nf_ldmatrix_transposed(f.word, tile + (nf_lane() % 8 + nf_lane() / 16 * 8) * stride + nf_lane() / 8 % 2 * 8);
+#else
+    const uint16_t *column = tile + nf_first_k() * stride + nf_lane() % 16;
+    NF_UNROLLED
+    for (int i = 0; i < NF_FRAGMENT_WORDS; i++)
+        f.word[i] = (uint32_t)column[2 * i * stride] | (uint32_t)column[(2 * i + 1) * stride] << 16;
+#endif
+    return f;
+}
+
+#if NF_FRAGMENTS == NF_SM80
+#define NF_PRODUCT(type) \
+    const uint32_t left[2] = {b.word[0], b.word[2]}, right[2] = {b.word[1], b.word[3]}; \
+    nf_mma_##type##_16x8(c->at, a.word, left); \
+    nf_mma_##type##_16x8(c->at + 4, a.word, right)
+#else
+#define NF_PRODUCT(type) nf_matrix_##type(c->at, a.word, b.word)
+#endif
+
+/* c += a b. */
+NF_DEVICE void nf_product_bf16(nf_sums *c, nf_fragment a, nf_fragment b)
+{
+    NF_PRODUCT(bf16);
+}
+
+NF_DEVICE void nf_product_f16(nf_sums *c, nf_fragment a, nf_fragment b)
+{
+    NF_PRODUCT(f16);
+}
+
+/* The row and the column of number i of a lane's share of c. */
+NF_DEVICE int nf_sum_row(int i)
+{
+#if NF_FRAGMENTS == NF_SM80
+    return nf_lane() / 4 + i / 2 % 2 * 8;
+#elif NF_FRAGMENTS == NF_RDNA3
+    return 2 * i + nf_lane() / 16;
+#else
+    return nf_lane() / 16 * NF_SUMS + i;
+#endif
+}
+
+NF_DEVICE int nf_sum_column(int i)
+{
+#if NF_FRAGMENTS == NF_SM80
+    return i / 4 * 8 + nf_lane() % 4 * 2 + i % 2;
+#else
+    (void)i;
+    return nf_lane() % 16;
+#endif
+}
+#endif /* NF_FRAGMENTS */
+
+/* ---- launches ---------------------------------------------------------------------------------------------------- */
+
+/* What a kernel gets, by value: a checked call, and which part of it this launch does. */
+typedef struct nf_work {
+    nf_plan plan; /* its `contract` is the host's: kernels read the copy below */
+    nf_contract contract;
+    int part;       /* what to do, one of the operator's */
+    int64_t first;  /* the launch's first segment; block (x, y) does segment first + y of unit begin + x */
+    int64_t length; /* tokens of a segment */
+    int64_t round;  /* rounds of segments so far */
+    int64_t count;  /* segments of a round, for which there are slots */
+    float *slots;   /* the workspace */
+    void *dst;      /* of a merge, from a and b */
+    const void *a, *b;
+} nf_work;
+
+typedef void (*nf_kernel)(nf_work work);
+
+#if defined(NEARFAR_SIMT)
+
+typedef struct nf_entry {
+    nf_kernel kernel;
+    const nf_work *work;
+} nf_entry;
+
+SIMT_ENTER nf_enter(const void *context)
+{
+    const nf_entry *entry = (const nf_entry *)context;
+    entry->kernel(*entry->work);
+}
+
+/* Has the device so much shared memory for a block? */
+NF_UNUSED static int nf_device_offers(size_t shared)
+{
+    return shared <= simt.shared_limit;
+}
+
+NF_UNUSED static nf_status nf_launch(nf_kernel kernel, const nf_work *work, int64_t x, int64_t y, int threads,
+                                     size_t shared)
+{
+    const nf_entry entry = {kernel, work};
+    const int64_t blocks[2] = {x, y};
+    return x && y && simt_launch(nf_enter, &entry, blocks, threads, shared) ? NF_E_LAUNCH : NF_OK;
+}
+
+#else
+
+NF_UNUSED static int nf_device_offers(size_t shared)
+{
+    int device, most = 0;
+    if (NF_GPU(GetDevice)(&device) != NF_GPU(Success))
+        return 0;
+#if defined(__CUDACC__)
+    if (cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
+        return 0;
+#else
+    if (hipDeviceGetAttribute(&most, hipDeviceAttributeMaxSharedMemoryPerBlock, device) != hipSuccess)
+        return 0;
+#endif
+    return shared <= (size_t)most;
+}
+
+/* Blocks (x, y) of a kernel on the call's stream: nothing is allocated and nothing waits, so a graph can capture it. */
+NF_UNUSED static nf_status nf_launch(nf_kernel kernel, const nf_work *work, int64_t x, int64_t y, int threads,
+                                     size_t shared)
+{
+    nf_work copy = *work;
+    void *parameters[1] = {&copy};
+    const dim3 blocks((unsigned)x, (unsigned)y), block((unsigned)threads);
+    if (!x || !y)
+        return NF_OK;
+    if (x > 0x7fffffff || y > 0xffff)
+        return NF_E_OVERFLOW;
+#if defined(__CUDACC__)
+    if (shared > 48 * 1024 && cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   (int)shared) != cudaSuccess)
+        return NF_E_LAUNCH;
+#endif
+    return NF_GPU(LaunchKernel)((const void *)kernel, blocks, block, parameters, shared,
+                                (NF_GPU(Stream_t))work->plan.args.stream) == NF_GPU(Success)
+               ? NF_OK
+               : NF_E_LAUNCH;
+}
+
+#endif
+
+/* ---- a block's unit ---------------------------------------------------------------------------------------------- */
+
+NF_DEVICE float nf_nan(void)
+{
+    const uint32_t bits = 0x7fc00000u;
+    float x;
+    __builtin_memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* The unit of this block; returns 0 if its projection or state is not of this call. What the host could not look at is
+ * looked at here: borders out of order make a sequence of no tokens. */
+NF_DEVICE int nf_open(const nf_work *w, nf_unit *unit)
+{
+    const nf_plan *p = &w->plan;
+    const nf_args *a = &p->args;
+    const int64_t index = p->begin + nf_block_x();
+    const nf_projection_head *projection;
+    *unit = nf_unit_at(&w->contract, p, index, NULL);
+    if (a->cu_tokens) {
+        const int64_t entry = index / a->kv_heads, from = a->cu_tokens[entry], to = a->cu_tokens[entry + 1];
+        if (from < 0 || to < from || to > a->q_tokens)
+            unit->q_tokens = unit->kv_tokens = 0;
+    }
+    projection = (const nf_projection_head *)unit->projection;
+    if (projection && (projection->magic != NF_MAGIC_PROJECTION || projection->abi != NF_CORE_ABI ||
+                       projection->contract != w->contract.hash))
+        return 0;
+    if (a->state) {
+        const nf_state_head *head = (const nf_state_head *)a->state;
+        if (head->magic != NF_MAGIC_STATE || head->abi != NF_CORE_ABI || head->contract != w->contract.hash ||
+            head->units != p->units || head->unit_bytes != (int64_t)p->state_unit || head->globals != p->globals ||
+            head->ring != p->ring || unit->state->hash != nf_state_hash(&w->contract, p, index))
+            return 0;
+    }
+    return 1;
+}
+
+#endif /* NF_GPU_READY */

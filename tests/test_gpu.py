@@ -1,0 +1,221 @@
+"""The headers of a GPU without one: declarations in plain C, implementations as far as the compilers here go."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, STRICT, STRICT_C, generate, need, run
+
+CONTRACTS = ("favor_cosh_f32_d64_m128", "favor_cosh_f32_d128_m256", "exact_f32_d64", "exact_f32_d128")
+NVIDIA = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+AMD = ("gfx90a", "gfx942", "gfx1100", "gfx1201", "gfx1030")  # the last has no target of its own: simt
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every contract for both backends, and sources that implement and that only use them."""
+    made = tmp_path_factory.mktemp("gpu")
+    for backend, ending in (("cuda", "cu"), ("hip", "hip")):
+        generate(made, *CONTRACTS, "--backend", backend)
+        for c in CONTRACTS:
+            header = f'#include "nf_{c}_{backend}.h"\n'
+            (made / f"{c}.{ending}").write_text(f"#define NEARFAR_IMPLEMENTATION\n{header}", encoding="utf-8")
+            (made / f"{c}_{backend}.c").write_text(
+                f'#include "simt/simt.h"\n#define NEARFAR_IMPLEMENTATION\n{header}', encoding="utf-8"
+            )
+        names = [f"nf_{c}_{backend}" for c in CONTRACTS]
+        text = "".join(f'#include "{name}.h"\n' for name in names) + "int main(void)\n{\n    return "
+        (made / f"use_{backend}.c").write_text(
+            text + " + ".join(f"(int){name}_workspace(NULL)" for name in names) + ";\n}\n", encoding="utf-8"
+        )
+    return made
+
+
+@pytest.mark.parametrize("backend", ["cuda", "hip"])
+@pytest.mark.parametrize("language", ["-xc -std=c99", "-xc -std=c2x", "-xc++ -std=c++11", "-xc++ -std=c++20"])
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_declarations_need_no_gpu_compiler(backend: str, language: str, compiler: str, folder: Path) -> None:
+    flags = STRICT_C if "-xc " in language else STRICT
+    run(need(compiler, compiler), *language.split(), *flags, "-fsyntax-only", folder / f"use_{backend}.c")
+
+
+@pytest.mark.parametrize("language", ["-xc -std=c99", "-xc -std=c2x", "-xc++ -std=c++11", "-xc++ -std=c++20"])
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_kernels_are_clean_c(language: str, compiler: str, folder: Path) -> None:
+    """What nvcc is silent about: the executor's view of the same source, under the hardest flags."""
+    flags = STRICT_C if "-xc " in language else STRICT
+    for backend in ("cuda", "hip"):
+        source = folder / f"favor_cosh_f32_d64_m128_{backend}.c"
+        run(
+            need(compiler, compiler),
+            *language.split(),
+            *flags,
+            "-O1",
+            "-c",
+            "-I",
+            ROOT / "tests",
+            source,
+            "-o/dev/null",
+        )
+
+
+def test_the_implementation_says_what_it_needs(folder: Path) -> None:
+    source = folder / "exact_f32_d64.cu"
+    with pytest.raises(AssertionError, match="needs nvcc or hipcc"):
+        run(need("gcc", "gcc"), "-xc", "-fsyntax-only", "-fmax-errors=1", source)
+
+
+def nvcc() -> str:
+    path = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if not path:
+        pytest.skip("nvcc is missing: install the CUDA toolkit")
+    return path
+
+
+def known(arch: str) -> bool:
+    return arch.replace("sm_", "compute_") in run(nvcc(), "--list-gpu-arch").split()
+
+
+def resources(log: str) -> list[tuple[str, int, int, int]]:
+    """(kernel, registers, bytes spilled, bytes of stack) of everything that ptxas tells."""
+    rows = []
+    for part in log.split("Compiling entry function '")[1:]:
+        stack, stores, loads = map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", part)[:3])
+        registers = re.search(r"Used (\d+) registers", part)
+        rows.append((part.split("'")[0], int(registers[1]) if registers else 0, stores + loads, stack))
+    return rows
+
+
+@pytest.mark.parametrize("arch", NVIDIA)
+def test_nvidia(arch: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Compiles without a warning, and no kernel spills a register. (-s shows the table.)"""
+    if not known(arch):
+        pytest.skip(f"this nvcc does not know {arch}")
+    flags = ["-arch", arch, "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror", "-Xptxas", "-v"]
+    found = []
+    for contract in CONTRACTS:
+        log = run(nvcc(), *flags, "-c", folder / f"{contract}.cu", "-o", folder / "out.o")
+        found += [(contract, *row) for row in resources(log)]
+    assert len(found) > len(CONTRACTS)
+    with capsys.disabled():
+        for contract, kernel, registers, spilled, stack in found:
+            if "simt" in kernel or spilled:
+                print(f"{arch} {contract} {registers} registers, {spilled} bytes spilled, {stack} bytes of stack")
+    assert [row for row in found if row[3]] == [], "spills"
+
+
+@pytest.mark.parametrize("flags", ["-std=c++11", "-std=c++20 -rdc=true --use_fast_math"])
+def test_headers_share_a_file(flags: str, folder: Path) -> None:
+    """Several contracts, and one of them under a second prefix."""
+    generate(folder, CONTRACTS[0], "--backend", "cuda", "--prefix", "eng_")
+    names = [f"nf_{c}_cuda.h" for c in CONTRACTS[::2]] + [f"eng_{CONTRACTS[0]}_cuda.h"]
+    text = "#define NEARFAR_IMPLEMENTATION\n" + "".join(f'#include "{name}"\n' for name in names)
+    (folder / "all.cu").write_text(text, encoding="utf-8")
+    strict = ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror"]
+    run(nvcc(), "-arch", "sm_80", *flags.split(), *strict, "-c", folder / "all.cu", "-o", folder / "all.o")
+
+
+def test_an_engine_in_c_links_a_cuda_header(folder: Path) -> None:
+    """One .cu file implements, a C file uses; all that C could meet begins with the kernel's name."""
+    c = "favor_cosh_f32_d64_m128"
+    run(nvcc(), "-arch", "sm_80", "-c", folder / f"{c}.cu", "-o", folder / "kernel.o")
+    symbols = run(need("nm", "binutils"), "-g", "--defined-only", folder / "kernel.o")
+    exported = [line.split()[-1] for line in symbols.splitlines()]
+    ours = [name for name in exported if name.startswith(f"nf_{c}_cuda_")]
+    assert len(ours) > 10 and [n for n in exported if n not in ours and not re.match(r"_|DW\.ref", n)] == []
+    (folder / "engine.c").write_text(
+        f'#include "nf_{c}_cuda.h"\nint main(void)\n{{\n    return nf_{c}_cuda_workspace(NULL) == 0;\n}}\n',
+        encoding="utf-8",
+    )
+    run("gcc", "-std=c99", *STRICT_C, "-c", folder / "engine.c", "-o", folder / "engine.o")
+    run(nvcc(), folder / "engine.o", folder / "kernel.o", "-o", folder / "engine")
+    run(folder / "engine")
+
+
+AMD_FLAGS = "-x hip --cuda-device-only -nogpulib -nogpuinc -O3 -S -Wall -Wextra -Werror".split()
+
+
+def clang() -> str:
+    found = next((c for c in ("clang-20", "clang-19", "clang-18") if shutil.which(c)), None)
+    if not found:
+        pytest.skip("clang-19 is missing, which compiles for AMD's GPUs: apt install clang-19")
+    return found
+
+
+@pytest.mark.parametrize("arch", AMD)
+def test_amd(arch: str, folder: Path) -> None:
+    """The device's part compiles with clang alone, and no kernel spills a vector register."""
+    flags = [*AMD_FLAGS, f"--offload-arch={arch}", "-Rpass-analysis=kernel-resource-usage"]
+    for contract in (CONTRACTS[0], "exact_f32_d64"):
+        source = folder / f"{contract}.hip"
+        log = run(clang(), *flags, "-I", ROOT / "tests" / "simt", source, "-o", folder / "out.s")
+        assert "_kernel" in log and "VGPRs Spill" in log
+        assert set(re.findall(r"VGPRs Spill: (\d+)", log)) == {"0"}, log
+
+
+PROBE = """
+#include <string.h>
+#include "nearfar/core.h"
+
+#include "nearfar/args.h"
+
+#include "nearfar/gpu.h"
+#ifdef NF_FRAGMENTS
+NF_KERNEL(64, 1) probe(const uint16_t *in, float *out)
+{
+    uint16_t *s = (uint16_t *)nf_shared();
+    nf_sums c;
+    nf_copy_async(s + 8 * nf_thread(), in + 8 * nf_thread(), 16);
+    nf_copy_commit();
+    nf_copy_wait(0);
+    nf_barrier();
+    for (int i = 0; i < NF_SUMS; i++)
+        c.at[i] = 0;
+    nf_product_bf16(&c, nf_rows(s, 24), nf_columns(s, 24));
+    nf_product_f16(&c, nf_rows(s, 24), nf_columns(s, 24));
+    for (int i = 0; i < NF_SUMS; i++)
+        out[nf_sum_row(i) * 16 + nf_sum_column(i)] = c.at[i];
+}
+void *probe_address(void);
+void *probe_address(void)
+{
+    return (void *)probe;
+}
+#endif
+"""
+
+
+def test_products_of_fragments_are_single_instructions_on_nvidia(tmp_path: Path) -> None:
+    (tmp_path / "probe.cu").write_text(PROBE, encoding="utf-8")
+    flags = ["-Werror", "all-warnings", "-I", ROOT / "include", "-ptx", tmp_path / "probe.cu", "-o", tmp_path / "ptx"]
+    run(nvcc(), "-arch", "sm_80", *flags)
+    ptx = (tmp_path / "ptx").read_text(encoding="utf-8")
+    for found in (
+        "cp.async.cg",
+        "cp.async.wait_group",
+        "ldmatrix.sync",
+        "x4.trans",
+        "m16n8k16.row.col.f32.bf16",
+        "m16n8k16.row.col.f32.f16",
+    ):
+        assert found in ptx
+    run(nvcc(), "-arch", "sm_75", *flags)
+    assert "mma.sync" not in (tmp_path / "ptx").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("arch", "instruction"), [("gfx90a", "v_mfma"), ("gfx1100", "v_wmma"), ("gfx1201", "v_wmma")])
+def test_products_of_fragments_are_single_instructions_on_amd(arch: str, instruction: str, tmp_path: Path) -> None:
+    (tmp_path / "probe.hip").write_text(PROBE, encoding="utf-8")
+    flags = [*AMD_FLAGS, f"--offload-arch={arch}", "-I", ROOT / "include", "-I", ROOT / "tests" / "simt"]
+    run(clang(), *flags, tmp_path / "probe.hip", "-o", tmp_path / "out.s")
+    assembly = (tmp_path / "out.s").read_text(encoding="utf-8")
+    assert len(re.findall(instruction, assembly)) == 2
+
+
+def test_hipcc(folder: Path) -> None:
+    run(
+        need("hipcc", "hipcc (ROCm)"), "--offload-arch=gfx90a", "-c", folder / f"{CONTRACTS[0]}.hip", "-o", folder / "o"
+    )
