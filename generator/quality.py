@@ -213,6 +213,7 @@ class Args(ctypes.Structure):
         ("split_begin", ctypes.c_int64),
         ("split_count", ctypes.c_int64),
         ("stream", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
     ]
 
 
