@@ -56,11 +56,14 @@ M = Number(
 B = Number("b", "block of tokens", "a multiple of 16 from 16 to 512", tuple(range(16, 513, 16)))
 
 DTYPES = ("f32", "bf16", "f16")
-MAPS = ("cosh", "exp", "trig", "relu")
+FAVOR_MAPS = ("cosh", "exp", "trig", "relu")
+LINEAR_MAPS = ("elu", "relu", "identity", "taylor2", "softmaxqk")
+TAYLOR_LIMIT = 32  # taylor2 makes about d*d/2 features
 
 # The schema. A new operator is one entry here, one in space.py and its templates.
 OPERATORS = {
-    "favor": Operator("softmax attention estimated by random features", MAPS, DTYPES, (D, V, M)),
+    "favor": Operator("softmax attention estimated by random features", FAVOR_MAPS, DTYPES, (D, V, M)),
+    "linear": Operator("linear attention: a map without randomness, or ready features", LINEAR_MAPS, DTYPES, (D, V)),
     "exact": Operator("softmax attention, the exact baseline", (), ("f32",), (D,)),
     "sparse": Operator("softmax attention over a pattern: window, globals, blocks", (), ("f32",), (D, B)),
     "hybrid": Operator("exact near by, random features far away, one sum", ("cosh", "exp"), ("f32",), (D, M, B)),
@@ -88,6 +91,18 @@ class Contract:
     def values(self) -> int:
         """Value dim: the head dim where the name has no v."""
         return self.v or self.d
+
+    @property
+    def features(self) -> int:
+        """Features of a token in the far field, or 0: of taylor2 1, x and the products of two, rounded up to 8."""
+        if self.operator != "linear":
+            return self.m
+        return (1 + self.d + self.d * (self.d + 1) // 2 + 7) // 8 * 8 if self.map == "taylor2" else self.d
+
+    @property
+    def default_scale(self) -> float:
+        """The scale of a call that names none."""
+        return 1.0 if self.operator == "linear" and self.map != "taylor2" else float(self.d**-0.5)
 
     @property
     def rows(self) -> int:
@@ -142,7 +157,13 @@ def parse(name: str) -> Contract:
         values[slot] = number(where, numbers[slot], word) if slot in numbers else choice(where, slot, word, texts[slot])
     if values.get("v") == values.get("d"):
         raise UsageError(f"{where}: field 'v' = {values['v']}: is the head dim; leave it out")
+    if not allowed(values["map"], values["d"]):
+        raise UsageError(f"{where}: field 'd' = {values['d']}: must be at most {TAYLOR_LIMIT} with taylor2")
     return Contract(**values)
+
+
+def allowed(map_: str, d: int) -> bool:
+    return map_ != "taylor2" or d <= TAYLOR_LIMIT
 
 
 def number(where: str, field: Number, word: str) -> int:
@@ -173,7 +194,9 @@ def contracts(operator: str | None = None) -> Iterator[Contract]:
         if operator in (None, name):
             for map_, dtype in product(op.maps or ("",), op.dtypes):
                 for values in product(*((0,) if n.optional else n.values for n in op.numbers)):
-                    yield Contract(name, map_, dtype, **{n.letter: v for n, v in zip(op.numbers, values)})
+                    contract = Contract(name, map_, dtype, **{n.letter: v for n, v in zip(op.numbers, values)})
+                    if allowed(map_, contract.d):
+                        yield contract
 
 
 def one_of(choices: tuple[str, ...]) -> str:

@@ -92,7 +92,13 @@ HYBRID = CPU | {
     "avx2": {"4x2": (64, 32), "6x2": (96, 48), "4x3": (96, 48), "8x1": (64, 32)},
     "neon": {"4x4": (64, 32), "8x2": (64, 32), "6x4": (48, 96)},
 }
-SPACE = {("favor", "cpu"): CPU, ("exact", "cpu"): EXACT, ("sparse", "cpu"): EXACT, ("hybrid", "cpu"): HYBRID}
+SPACE = {
+    ("favor", "cpu"): CPU,
+    ("linear", "cpu"): CPU,
+    ("exact", "cpu"): EXACT,
+    ("sparse", "cpu"): EXACT,
+    ("hybrid", "cpu"): HYBRID,
+}
 
 
 def fault(variant: Variant, target: Target) -> str | None:

@@ -66,12 +66,13 @@ typedef struct shape {
     double norm; /* of q' and k' */
     uint64_t seed;
     const nf_pattern *pattern; /* NULL: the window of pattern_of() and three globals */
+    int steady;                /* linear: no decay */
 } shape;
 
 typedef struct call {
     const kernel *k;
     nf_args a;
-    block q, key, v, out, lse, workspace, projection, state, pattern;
+    block q, key, v, out, lse, workspace, projection, state, pattern, decay;
     size_t bytes;                          /* of the workspace */
     double *ref, *ref_lse;                 /* [batch, heads, q_tokens] (dim) */
     double *ratio;                         /* likewise: how much a row's sum cancels */
@@ -150,7 +151,8 @@ static inline int takes(const kernel *k, shape s)
 
 static inline oracle_map map_of(const kernel *k)
 {
-    return strstr(k->name, "_cosh_")   ? ORACLE_COSH
+    return k->map                      ? k->map
+           : strstr(k->name, "_cosh_") ? ORACLE_COSH
            : strstr(k->name, "_trig_") ? ORACLE_TRIG
            : strstr(k->name, "_relu_") ? ORACLE_RELU
                                        : ORACLE_EXP;
@@ -164,13 +166,20 @@ static inline int estimates(const kernel *k)
 
 static inline int stateful(const kernel *k)
 {
-    return k->features || k->block;
+    return k->far || k->block;
 }
 
 /* The pattern of a call that asks for none. */
 static inline nf_pattern pattern_of(const kernel *k)
 {
     return (nf_pattern){.window = k->features ? 5 : k->block + 5, .globals = 3};
+}
+
+/* Decays of kv heads: the first and third of little, slow and fast, none, and one that a float cannot add to 1. */
+static inline float decay_of(int64_t head)
+{
+    static const float table[] = {-0.02f, 0, -1.5f, -1e-8f};
+    return table[head % 4];
 }
 
 static inline void call_fill(call *c, shape s)
@@ -185,6 +194,11 @@ static inline void call_fill(call *c, shape s)
             const uint64_t seed = s.seed + 1000 * (uint64_t)b + (uint64_t)h;
             oracle_inputs(s.kind, s.norm, (double)s.scale, seed, c->k->dim, group * n, m, (float *)(void *)q.data,
                           (float *)(void *)k.data, (float *)(void *)v.data);
+            for (int64_t i = 0; i < (group * n + m) * c->k->dim && c->k->map == ORACLE_IDENTITY; i++) {
+                float *x =
+                    i < m * c->k->dim ? (float *)(void *)k.data + i : (float *)(void *)q.data + i - m * c->k->dim;
+                *x = fabsf(*x); /* features that the caller made: a sum of signed weights divides badly */
+            }
             for (int64_t i = 0; i < group * n; i++)
                 memcpy(row_at(a->q, b, i % n, h * group + i / n), q.data + (size_t)i * row, row);
             for (int64_t j = 0; j < m; j++) {
@@ -225,7 +239,7 @@ static inline call call_make(const kernel *k, shape s)
     a->q_tokens = s.q_tokens;
     a->kv_tokens = s.kv_tokens;
     a->scale = s.scale;
-    a->mask = s.full ? NF_FULL : NF_CAUSAL;
+    a->mask = s.full || k->map == ORACLE_SOFTMAXQK ? NF_FULL : NF_CAUSAL;
     a->cu_tokens = s.cu_tokens;
     a->sequences = s.sequences;
     c.q = tensor_make(&a->q, a->batch, a->q_tokens, a->heads, k->dim, s.odd ? 1 : 0);
@@ -239,6 +253,14 @@ static inline call call_make(const kernel *k, shape s)
     a->pattern = (const nf_pattern *)(const void *)c.pattern.data;
     if (k->block)
         *(nf_pattern *)(void *)c.pattern.data = s.pattern ? *s.pattern : pattern_of(k);
+    if (k->map && a->mask == NF_CAUSAL && !s.steady) {
+        float *decay;
+        c.decay = block_make((size_t)kv_heads(a) * sizeof(float), 0);
+        decay = (float *)(void *)c.decay.data;
+        for (int64_t h = 0; h < kv_heads(a); h++)
+            decay[h] = decay_of(h);
+        a->decay = decay;
+    }
     c.bytes = k->workspace(a);
     c.workspace = block_make(c.bytes, 0);
     call_project(&c, s.seed, NULL);
@@ -248,8 +270,8 @@ static inline call call_make(const kernel *k, shape s)
 
 static inline void call_free(call *c)
 {
-    block *const all[] = {&c->q,         &c->key,        &c->v,     &c->out,    &c->lse,
-                          &c->workspace, &c->projection, &c->state, &c->pattern};
+    block *const all[] = {&c->q,         &c->key,        &c->v,     &c->out,     &c->lse,
+                          &c->workspace, &c->projection, &c->state, &c->pattern, &c->decay};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         block_free(all[i]);
     free(c->ref);
@@ -302,8 +324,8 @@ static inline int gaps_blank(const block *b, nf_input t, int64_t batch, int64_t 
 /* Nothing outside the rows of out was written, and no guard. */
 static inline int call_intact(const call *c)
 {
-    const block *const all[] = {&c->q,         &c->key,        &c->v,     &c->out,    &c->lse,
-                                &c->workspace, &c->projection, &c->state, &c->pattern};
+    const block *const all[] = {&c->q,         &c->key,        &c->v,     &c->out,     &c->lse,
+                                &c->workspace, &c->projection, &c->state, &c->pattern, &c->decay};
     int intact = gaps_blank(&c->out, out_tensor(&c->a), c->a.batch, c->a.q_tokens, c->a.heads, c->k->dim);
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         intact = intact && block_intact(all[i]);
@@ -359,6 +381,8 @@ static inline oracle_head head_at(const call *c, int64_t batch, int64_t h, int64
     o.eps = a->eps > 0 ? (double)a->eps : (double)1e-3f;
     o.calibration = c->calibration;
     o.pattern = pattern_at(c, h);
+    o.decay = c->k->map && a->decay ? (double)a->decay[kv] : 0;
+    o.unnormalised = (a->flags & NF_UNNORMALISED) != 0;
     return o;
 }
 

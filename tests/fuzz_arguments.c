@@ -8,6 +8,8 @@
 #include "nf_favor_relu_f32_d8_m8_cpu.h"
 #include "nf_favor_trig_f32_d8_m8_cpu.h"
 #include "nf_hybrid_cosh_f32_d8_m8_b16_cpu.h"
+#include "nf_linear_elu_f32_d8_cpu.h"
+#include "nf_linear_softmaxqk_f32_d8_cpu.h"
 #include "nf_sparse_f32_d8_b32_cpu.h"
 
 #include <math.h>
@@ -37,6 +39,8 @@ static const struct kernel {
     {0, ENTRIES(nf_favor_trig_f32_d8_m8_cpu), PROJECTION(nf_favor_trig_f32_d8_m8_cpu)},
     {0, ENTRIES(nf_favor_relu_f32_d8_m8_cpu), PROJECTION(nf_favor_relu_f32_d8_m8_cpu)},
     {0, ENTRIES(nf_favor_exp_f32_d8_m8_cpu), PROJECTION(nf_favor_exp_f32_d8_m8_cpu)},
+    {0, ENTRIES(nf_linear_elu_f32_d8_cpu), NULL, NULL},
+    {0, ENTRIES(nf_linear_softmaxqk_f32_d8_cpu), NULL, NULL},
 };
 
 typedef long double wide; /* holds every product of three sizes, near enough */
@@ -182,9 +186,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     reader r = {data, size};
     const unsigned mode = take(&r), bend = take(&r);
-    const struct kernel *k = &kernels[bend & 128 ? 4 + (mode & 3) % 3 : mode & 3];
+    const struct kernel *k = &kernels[bend & 128 ? 4 + ((mode & 3) + (bend >> 4 & 4)) % 5 : mode & 3];
+    int linear;
     const int decode = (mode >> 2 & 3) == 2, backward = (mode >> 2 & 3) == 3;
-    const size_t need = k->workspace(NULL);
+    size_t need;
     enum { Q, K, V, OUT, DOUT, DQ, DK, DV, TENSORS };
     nf_input x[TENSORS];
     wide bytes[TENSORS];
@@ -202,6 +207,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     memset(&g, 0, sizeof g);
     memset(x, 0, sizeof x);
     b.count = 0;
+    linear = k >= kernels + 7;
+    need = k->workspace(NULL);
     a.batch = number(&r, 1);
     a.heads = number(&r, 2);
     a.kv_heads = number(&r, 1);
@@ -254,6 +261,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         p.window = mode & 128 ? 100 : 5;
         p.globals = 2;
         a.pattern = &p;
+    }
+    if (linear && a.kv_heads <= 1000 && a.heads <= 1000 && take(&r) & 1) {
+        const int64_t heads = a.kv_heads > 0 ? a.kv_heads : a.heads > 0 ? a.heads : 1;
+        float *decay = (float *)buffer(&b, (wide)heads * 4, 0);
+        for (int64_t h = 0; h < heads && r.size; h++)
+            decay[h] = take(&r) & 3 ? -0.25f : odd_float(&r);
+        a.decay = decay;
+        a.flags = take(&r) % 3;
     }
     workspace = buffer(&b, (wide)need, 0xa5);
     state_bytes = k->state_bytes(&a);

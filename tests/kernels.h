@@ -4,6 +4,7 @@
 #define KERNELS_H
 
 #include "nearfar/core.h"
+#include "oracle.h"
 
 #include "nearfar/request.h"
 
@@ -18,6 +19,8 @@ typedef nf_status (*backward_fn)(const nf_args *args, const nf_grads *grads, voi
 typedef struct kernel {
     const char *name;               /* the contract's */
     int dim, features, block, rows; /* D, M, B, rows of W: read from the name */
+    int far;                        /* features that a state sums up; features, but of linear */
+    oracle_map map;                 /* of linear */
     size_t (*workspace)(const nf_args *args);
     attend_fn forward, decode;
     backward_fn backward; /* NULL where the build said so */
@@ -48,16 +51,24 @@ static inline kernel kernel_of(const kernel *k)
     ready.dim = number_in(k->name, 'd');
     ready.features = number_in(k->name, 'm');
     ready.block = number_in(k->name, 'b');
+    for (int i = ORACLE_ELU; i < ORACLE_MAPS && strstr(k->name, "linear"); i++)
+        if (strstr(k->name, oracle_map_name[i]))
+            ready.map = (oracle_map)i;
+    ready.far = ready.map == ORACLE_TAYLOR2 ? (1 + ready.dim + ready.dim * (ready.dim + 1) / 2 + 7) / 8 * 8
+                : ready.map                 ? ready.dim
+                                            : ready.features;
     ready.rows = strstr(k->name, "cosh") || strstr(k->name, "trig") ? ready.features / 2 : ready.features;
     return ready;
 }
 
 /* From the build: X(name, y) for every contract of an operator in the program. */
 #ifdef FAVORS
-#define CONTRACTS(X, y) FAVORS(X, y) EXACTS(X, y) SPARSES(X, y) HYBRIDS(X, y)
+#define LINEARS(X, y) CAUSAL_LINEARS(X, y) FULL_LINEARS(X, y)
+#define CAUSALS(X, y) FAVORS(X, y) CAUSAL_LINEARS(X, y) EXACTS(X, y) SPARSES(X, y) HYBRIDS(X, y)
+#define CONTRACTS(X, y) CAUSALS(X, y) FULL_LINEARS(X, y)
 #define WITH_FEATURES(X, y) FAVORS(X, y) HYBRIDS(X, y)
 #define WITH_PATTERN(X, y) SPARSES(X, y) HYBRIDS(X, y)
-#define WITH_STATE(X, y) FAVORS(X, y) SPARSES(X, y) HYBRIDS(X, y)
+#define WITH_STATE(X, y) FAVORS(X, y) CAUSAL_LINEARS(X, y) SPARSES(X, y) HYBRIDS(X, y)
 #define WITHOUT_FEATURES(X, y) EXACTS(X, y) SPARSES(X, y)
 #define KERNEL_DECLARE(contract, unused) extern const kernel kernel_##contract;
 CONTRACTS(KERNEL_DECLARE, unused)

@@ -26,13 +26,30 @@
 #define ORACLE_FN static inline
 #endif
 
-typedef enum oracle_map { ORACLE_EXP, ORACLE_COSH, ORACLE_TRIG, ORACLE_RELU } oracle_map;
+typedef enum oracle_map {
+    ORACLE_EXP,
+    ORACLE_COSH,
+    ORACLE_TRIG,
+    ORACLE_RELU,
+    ORACLE_ELU, /* from here on: linear */
+    ORACLE_LINEAR_RELU,
+    ORACLE_IDENTITY,
+    ORACLE_TAYLOR2,
+    ORACLE_SOFTMAXQK,
+    ORACLE_MAPS
+} oracle_map;
 
 /* What a calibration derives from a sample of one head, in the units of the arrays (not of x'). */
 typedef struct oracle_calibration {
     double tau;
     double *q_mean, *k_mean, *psi, *k_var; /* [dim] each */
 } oracle_calibration;
+
+static const char *const oracle_map_name[ORACLE_MAPS]
+#if defined(__GNUC__) || defined(__clang__)
+    __attribute__((unused))
+#endif
+    = {"exp", "cosh", "trig", "relu", "elu", "relu", "identity", "taylor2", "softmaxqk"};
 
 /* The pattern of one head; block is the contract's, 0: no pattern. */
 typedef struct oracle_pattern {
@@ -53,14 +70,20 @@ typedef struct oracle_head {
     double scale; /* 0 = 1/sqrt(dim) */
     int full;     /* 1: every query sees every key; 0: causal */
 
+    oracle_map map; /* of the features, where there are any */
+
     /* favor and hybrid only */
     const float *w; /* [rows][dim] as K_projection_read gives it */
-    int rows;
-    oracle_map map; /* cosh: each row serves both signs, trig: sine and cosine; m = 2 rows */
+    int rows;       /* m; of cosh (each serves both signs) and trig (sine and cosine) m/2 */
     double eps;     /* of relu */
     const oracle_calibration *calibration;
 
     oracle_pattern pattern; /* sparse and hybrid only */
+
+    /* linear only; scale 0 = 1, but of taylor2 */
+    double decay; /* natural log of the factor per token */
+    int unnormalised;
+    int values; /* dim of v and out; 0 = dim */
 } oracle_head;
 
 ORACLE_FN double *oracle_doubles(size_t count)
@@ -71,9 +94,21 @@ ORACLE_FN double *oracle_doubles(size_t count)
     return p;
 }
 
+ORACLE_FN int oracle_is_linear(const oracle_head *h)
+{
+    return h->map >= ORACLE_ELU;
+}
+
 ORACLE_FN double oracle_scale(const oracle_head *h)
 {
+    if (oracle_is_linear(h) && h->map != ORACLE_TAYLOR2)
+        return h->scale > 0 ? h->scale : 1;
     return h->scale > 0 ? h->scale : 1 / sqrt((double)h->dim);
+}
+
+ORACLE_FN int oracle_values(const oracle_head *h)
+{
+    return h->values ? h->values : h->dim;
 }
 
 ORACLE_FN const float *oracle_row(const float *data, int64_t stride, int dim, int64_t token)
@@ -232,20 +267,20 @@ ORACLE_FN void oracle_key_features(const oracle_head *h, int64_t j, double *l)
 ORACLE_FN double oracle_softmax(const oracle_head *h, const double *l, const double *sign, double least, double *out)
 {
     double top = -INFINITY, sum = 0;
-    memset(out, 0, (size_t)h->dim * sizeof *out);
+    memset(out, 0, (size_t)oracle_values(h) * sizeof *out);
     for (int64_t j = 0; j < h->kv_tokens; j++)
         top = l[j] > top ? l[j] : top;
     if (top == -INFINITY)
         return top;
     for (int64_t j = 0; j < h->kv_tokens; j++) {
-        const float *v = oracle_row(h->v, h->v_stride, h->dim, j);
+        const float *v = oracle_row(h->v, h->v_stride, oracle_values(h), j);
         const double e = exp(l[j] - top) * (sign ? sign[j] : 1);
         sum += e;
-        for (int d = 0; d < h->dim && e != 0; d++)
+        for (int d = 0; d < oracle_values(h) && e != 0; d++)
             out[d] += e * (double)v[d];
     }
     sum = fmax(sum, exp(least - top));
-    for (int d = 0; d < h->dim; d++)
+    for (int d = 0; d < oracle_values(h); d++)
         out[d] /= sum;
     return top + log(sum);
 }
@@ -330,7 +365,7 @@ ORACLE_FN void oracle_pairs(const oracle_head *h, double *out, double *lse)
                    : link == ORACLE_FAR ? oracle_far_logit(h, lq + i * (m + 1), lk + j * (m + 1), NULL, &sign[j])
                                         : -INFINITY;
         }
-        sum = oracle_softmax(h, l, sign, oracle_mass(h, lq, lk, i) - 20 * log(2), out + i * h->dim);
+        sum = oracle_softmax(h, l, sign, oracle_mass(h, lq, lk, i) - 20 * log(2), out + i * oracle_values(h));
         if (lse)
             lse[i] = sum;
     }
@@ -340,12 +375,36 @@ ORACLE_FN void oracle_pairs(const oracle_head *h, double *out, double *lse)
     free(sign);
 }
 
+/* How far the terms of a row's sum of weights exceed it: 1, but of taylor2, whose state sums up products of channels,
+ * whatever their signs: sum_j (1 + t + t^2/2) / sum_j A_ij with t = scale |q_i| |k_j|. A row's rounding errors grow
+ * with it. */
+ORACLE_FN double oracle_spread(const oracle_head *h, int64_t i)
+{
+    const float *q = oracle_row(h->q, h->q_stride, h->dim, i);
+    double terms = 0, sum = 0;
+    for (int64_t j = 0; j < h->kv_tokens && h->map == ORACLE_TAYLOR2; j++) {
+        const float *k = oracle_row(h->k, h->k_stride, h->dim, j);
+        const int64_t away = i + h->kv_tokens - h->q_tokens - j;
+        const double left = h->full ? 1 : away < 0 ? 0 : exp(h->decay * (double)away);
+        double qq = 0, kk = 0, s = 0, t;
+        for (int d = 0; d < h->dim; d++) {
+            qq += (double)q[d] * (double)q[d];
+            kk += (double)k[d] * (double)k[d];
+            s += (double)q[d] * (double)k[d];
+        }
+        t = oracle_scale(h) * sqrt(qq * kk), s *= oracle_scale(h);
+        terms += left * (1 + t + t * t / 2);
+        sum += left * (1 + s + s * s / 2);
+    }
+    return sum > 0 ? terms / sum : 1;
+}
+
 /* How much of a row cancels: what its sum would be without, relative to its sum. At most 2^20; 1 but for trig. */
 ORACLE_FN void oracle_cancellation(const oracle_head *h, const double *lse, double *ratio)
 {
     double *lq = oracle_all_features(h, 1), *lk = oracle_all_features(h, 0);
     for (int64_t i = 0; i < h->q_tokens; i++)
-        ratio[i] = fmax(1, exp(oracle_mass(h, lq, lk, i) - lse[i]));
+        ratio[i] = oracle_is_linear(h) ? oracle_spread(h, i) : fmax(1, exp(oracle_mass(h, lq, lk, i) - lse[i]));
     free(lq);
     free(lk);
 }
@@ -375,19 +434,19 @@ ORACLE_FN double oracle_row_scale(const double *row, int dim, double ratio, doub
 /* Add key j to the sums of every feature: sums[r] = { ln reference, sum of weights, weighted sum of v [dim] }. */
 ORACLE_FN void oracle_fold(const oracle_head *h, int64_t j, int m, double *lk, double *sums)
 {
-    const float *v = oracle_row(h->v, h->v_stride, h->dim, j);
+    const float *v = oracle_row(h->v, h->v_stride, oracle_values(h), j);
     oracle_key_features(h, j, lk);
     for (int r = 0; r < m; r++) {
-        double *s = sums + (size_t)r * (size_t)(h->dim + 2), e;
+        double *s = sums + (size_t)r * (size_t)(oracle_values(h) + 2), e;
         if (!(s[1] > 0) || lk[r] > s[0]) {
             const double shrink = s[1] > 0 ? exp(s[0] - lk[r]) : 0;
-            for (int d = 1; d < h->dim + 2; d++)
+            for (int d = 1; d < oracle_values(h) + 2; d++)
                 s[d] *= shrink;
             s[0] = lk[r];
         }
         e = exp(lk[r] - s[0]);
         s[1] += e;
-        for (int d = 0; d < h->dim; d++)
+        for (int d = 0; d < oracle_values(h); d++)
             s[2 + d] += e * (double)v[d];
     }
 }
@@ -395,18 +454,18 @@ ORACLE_FN void oracle_fold(const oracle_head *h, int64_t j, int m, double *lk, d
 /* One query against the sums. */
 ORACLE_FN double oracle_read(const oracle_head *h, int m, const double *lq, const double *sums, double *out)
 {
-    const size_t width = (size_t)(h->dim + 2);
+    const size_t width = (size_t)(oracle_values(h) + 2);
     double top = -INFINITY, den = 0;
-    memset(out, 0, (size_t)h->dim * sizeof *out);
+    memset(out, 0, (size_t)oracle_values(h) * sizeof *out);
     for (int r = 0; r < m; r++)
         top = fmax(top, lq[r] + sums[(size_t)r * width]);
     for (int r = 0; r < m; r++) {
         const double *s = sums + (size_t)r * width, p = exp(lq[r] + s[0] - top);
         den += p * s[1];
-        for (int d = 0; d < h->dim; d++)
+        for (int d = 0; d < oracle_values(h); d++)
             out[d] += p * s[2 + d];
     }
-    for (int d = 0; d < h->dim; d++)
+    for (int d = 0; d < oracle_values(h); d++)
         out[d] /= den;
     return top + log(den) - log((double)m);
 }
@@ -416,11 +475,11 @@ ORACLE_FN double oracle_read(const oracle_head *h, int m, const double *lq, cons
 ORACLE_FN void oracle_sums(const oracle_head *h, double *out, double *lse)
 {
     const int m = oracle_m(h);
-    double *sums = oracle_doubles((size_t)m * (size_t)(h->dim + 2)), *lr = oracle_doubles((size_t)m + 1);
-    double *l = oracle_doubles((size_t)h->kv_tokens), *far = oracle_doubles((size_t)h->dim);
+    double *sums = oracle_doubles((size_t)m * (size_t)(oracle_values(h) + 2)), *lr = oracle_doubles((size_t)m + 1);
+    double *l = oracle_doubles((size_t)h->kv_tokens), *far = oracle_doubles((size_t)oracle_values(h));
     int64_t seen = 0;
     for (int64_t i = 0; i < h->q_tokens; i++) {
-        double *row = out + i * h->dim, near_lse, far_lse = -INFINITY, total;
+        double *row = out + i * oracle_values(h), near_lse, far_lse = -INFINITY, total;
         const int alone = h->pattern.block && oracle_global(&h->pattern, oracle_position(h, i)); /* no far field */
         for (int64_t j = 0; j < h->kv_tokens; j++)
             l[j] = oracle_link(h, i, j) == ORACLE_NEAR ? oracle_near_logit(h, i, j) : -INFINITY;
@@ -434,7 +493,7 @@ ORACLE_FN void oracle_sums(const oracle_head *h, double *out, double *lse)
             oracle_query_features(h, i, lr);
             far_lse = oracle_read(h, m, lr, sums, far) + h->pattern.far_gain;
             total = fmax(near_lse, far_lse) + log1p(exp(-fabs(near_lse - far_lse)));
-            for (int d = 0; d < h->dim; d++)
+            for (int d = 0; d < oracle_values(h); d++)
                 row[d] = exp(near_lse - total) * row[d] + exp(far_lse - total) * far[d];
         }
         if (lse)
@@ -454,10 +513,109 @@ ORACLE_FN void oracle_favor(const oracle_head *h, double *out, double *lse)
     (oracle_plain(h) ? oracle_pairs : oracle_sums)(&favor, out, lse);
 }
 
+/* ---- linear attention -------------------------------------------------------------------------------------------
+ *
+ *     A_ij = scale phi(q_i) . phi(k_j) e^(decay (i - j)),   out_i = sum_j A_ij v_j / sum_j A_ij,   lse_i = sum_j A_ij
+ *
+ * with phi(x) = elu(x) + 1, max(x, 0), x; taylor2: A_ij = 1 + s + s^2/2 of s = scale q_i . k_j instead; softmaxqk: phi
+ * of a query is its softmax, phi of a key its share in every channel's softmax over the keys. Unnormalised: out_i =
+ * sum_j A_ij v_j. A row without weights is 0.
+ */
+
+/* phi of all queries, or of all keys: [tokens][dim]. taylor2: x itself. */
+ORACLE_FN double *oracle_mapped(const oracle_head *h, int query)
+{
+    const int64_t tokens = query ? h->q_tokens : h->kv_tokens, dim = h->dim;
+    double *phi = oracle_doubles((size_t)(tokens * dim));
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t d = 0; d < dim; d++) {
+            const double x = (double)(query ? oracle_row(h->q, h->q_stride, h->dim, t)
+                                            : oracle_row(h->k, h->k_stride, h->dim, t))[d];
+            phi[t * dim + d] = h->map == ORACLE_ELU           ? (x > 0 ? x + 1 : exp(x))
+                               : h->map == ORACLE_LINEAR_RELU ? fmax(x, 0)
+                                                              : x;
+        }
+    if (h->map != ORACLE_SOFTMAXQK)
+        return phi;
+    for (int64_t n = 0; n < (query ? tokens : dim); n++) { /* a softmax over count entries, so far apart */
+        const int64_t count = query ? dim : tokens, apart = query ? 1 : dim;
+        double *x = phi + (query ? n * dim : n), top = -INFINITY, sum = 0;
+        for (int64_t i = 0; i < count; i++)
+            top = fmax(top, x[i * apart]);
+        for (int64_t i = 0; i < count; i++)
+            sum += x[i * apart] = exp(x[i * apart] - top);
+        for (int64_t i = 0; i < count; i++)
+            x[i * apart] /= sum;
+    }
+    return phi;
+}
+
+/* A_ij; *slope, if asked for, its derivative by phi(q_i) . phi(k_j). 0 where i does not see j. */
+ORACLE_FN double oracle_weight(const oracle_head *h, int64_t i, int64_t j, const double *pq, const double *pk,
+                               double *slope)
+{
+    const int64_t away = i + h->kv_tokens - h->q_tokens - j;
+    double dot = 0, left, unused;
+    slope = slope ? slope : &unused;
+    *slope = 0;
+    if (!h->full && away < 0)
+        return 0;
+    left = h->full ? 1 : exp(h->decay * (double)away);
+    for (int d = 0; d < h->dim; d++)
+        dot += pq[i * h->dim + d] * pk[j * h->dim + d];
+    *slope = left * oracle_scale(h);
+    dot *= oracle_scale(h);
+    if (h->map != ORACLE_TAYLOR2)
+        return left * dot;
+    *slope *= 1 + dot;
+    return left * (1 + dot + dot * dot / 2);
+}
+
+ORACLE_FN void oracle_linear(const oracle_head *h, double *out, double *lse)
+{
+    const int dim = oracle_values(h);
+    double *pq = oracle_mapped(h, 1), *pk = oracle_mapped(h, 0);
+    memset(out, 0, (size_t)(h->q_tokens * dim) * sizeof *out);
+    for (int64_t i = 0; i < h->q_tokens; i++) {
+        double sum = 0;
+        for (int64_t j = 0; j < h->kv_tokens; j++) {
+            const float *v = oracle_row(h->v, h->v_stride, dim, j);
+            const double a = oracle_weight(h, i, j, pq, pk, NULL);
+            sum += a;
+            for (int d = 0; d < dim && a != 0; d++)
+                out[i * dim + d] += a * (double)v[d];
+        }
+        for (int d = 0; d < dim && !h->unnormalised; d++)
+            out[i * dim + d] = sum != 0 ? out[i * dim + d] / sum : 0;
+        if (lse)
+            lse[i] = sum;
+    }
+    free(pq);
+    free(pk);
+}
+
+/* dx += what the gradients g by phi become through the map. */
+ORACLE_FN void oracle_mapped_back(const oracle_head *h, int query, const double *phi, const double *g, double *dx)
+{
+    const int64_t tokens = query ? h->q_tokens : h->kv_tokens, dim = h->dim;
+    for (int64_t t = 0; t < tokens * dim && h->map != ORACLE_SOFTMAXQK; t++)
+        dx[t] += g[t] * (h->map == ORACLE_ELU ? fmin(phi[t], 1) : h->map == ORACLE_LINEAR_RELU ? phi[t] > 0 : 1);
+    for (int64_t n = 0; n < (query ? tokens : dim) && h->map == ORACLE_SOFTMAXQK; n++) {
+        const int64_t count = query ? dim : tokens, apart = query ? 1 : dim, at = query ? n * dim : n;
+        double mean = 0;
+        for (int64_t i = 0; i < count; i++)
+            mean += phi[at + i * apart] * g[at + i * apart];
+        for (int64_t i = 0; i < count; i++)
+            dx[at + i * apart] += phi[at + i * apart] * (g[at + i * apart] - mean);
+    }
+}
+
 /* The head's operator, in the way that is fast enough for long sequences. */
 ORACLE_FN void oracle_attention(const oracle_head *h, double *out, double *lse)
 {
-    if (h->rows && !oracle_plain(h) && !(h->pattern.block && h->pattern.far_exact))
+    if (oracle_is_linear(h))
+        oracle_linear(h, out, lse);
+    else if (h->rows && !oracle_plain(h) && !(h->pattern.block && h->pattern.far_exact))
         oracle_sums(h, out, lse);
     else
         oracle_pairs(h, out, lse);
@@ -483,10 +641,9 @@ ORACLE_FN double oracle_along(const oracle_head *h, const double *g, int r, doub
         return g[h->rows + r] / tan(u) - g[r] * tan(u);
     case ORACLE_RELU:
         return u > 0 ? g[r] / (u + h->eps) : 0;
-    case ORACLE_EXP:
-        break;
+    default:
+        return g[r];
     }
-    return g[r];
 }
 
 /* dx += sum_r g_r d l_r/dx of a point, l_r = +-w_r . x' - |x'|^2 / 2 + extra, or of plain features ln |f_r| and their
@@ -514,11 +671,47 @@ ORACLE_FN void oracle_features_back(const oracle_head *h, const float *row, int 
     free(p.x);
 }
 
+/* linear: with n_i = sum_j A_ij (unnormalised: 1, and no out_i), dv_j = sum_i A_ij dout_i / n_i and the gradient by
+ * A_ij is dout_i . (v_j - out_i) / n_i + dlse_i. */
+ORACLE_FN void oracle_linear_backward(const oracle_head *h, const oracle_loss *loss)
+{
+    const int dim = h->dim, values = oracle_values(h);
+    double *pq = oracle_mapped(h, 1), *pk = oracle_mapped(h, 0);
+    double *gq = oracle_doubles((size_t)(h->q_tokens * dim)), *gk = oracle_doubles((size_t)(h->kv_tokens * dim));
+    double *out = oracle_doubles((size_t)(h->q_tokens * values)), *lse = oracle_doubles((size_t)h->q_tokens);
+    oracle_linear(h, out, lse);
+    for (int64_t i = 0; i < h->q_tokens; i++) {
+        const float *dout = oracle_row(loss->dout, loss->dout_stride, values, i);
+        const double part = h->unnormalised ? 1 : lse[i] != 0 ? 1 / lse[i] : 0;
+        for (int64_t j = 0; j < h->kv_tokens; j++) {
+            const float *v = oracle_row(h->v, h->v_stride, values, j);
+            double slope, da = loss->dlse ? (double)loss->dlse[i] : 0;
+            const double a = oracle_weight(h, i, j, pq, pk, &slope);
+            for (int d = 0; d < values; d++) {
+                da += part * (double)dout[d] * ((double)v[d] - (h->unnormalised ? 0 : out[i * values + d]));
+                loss->dv[j * values + d] += a * part * (double)dout[d];
+            }
+            for (int d = 0; d < dim; d++) {
+                gq[i * dim + d] += da * slope * pk[j * dim + d];
+                gk[j * dim + d] += da * slope * pq[i * dim + d];
+            }
+        }
+    }
+    oracle_mapped_back(h, 1, pq, gq, loss->dq);
+    oracle_mapped_back(h, 0, pk, gk, loss->dk);
+    free(pq);
+    free(pk);
+    free(gq);
+    free(gk);
+    free(out);
+    free(lse);
+}
+
 /* Softmax: with P_ij = e^(l_ij - lse_i), dv_j = sum_i P_ij dout_i and dl_ij = P_ij (dout_i . v_j - dout_i . out_i +
  * dlse_i). Pairs: an exact logit has the gradients scale k_j and scale q_i; an estimated one passes dl_ij on to the
  * exponents of its features, each its share, and these are summed up (gq, gk) before they go through the feature map.
  */
-ORACLE_FN void oracle_backward(const oracle_head *h, const oracle_loss *loss)
+ORACLE_FN void oracle_softmax_backward(const oracle_head *h, const oracle_loss *loss)
 {
     const int m = oracle_m(h), dim = h->dim;
     double *lq = oracle_all_features(h, 1), *lk = oracle_all_features(h, 0), *share = oracle_doubles((size_t)m);
@@ -568,6 +761,11 @@ ORACLE_FN void oracle_backward(const oracle_head *h, const oracle_loss *loss)
     free(gk);
     free(out);
     free(lse);
+}
+
+ORACLE_FN void oracle_backward(const oracle_head *h, const oracle_loss *loss)
+{
+    (h->map ? oracle_linear_backward : oracle_softmax_backward)(h, loss);
 }
 
 /* ---- calibration ----------------------------------------------------------------------------------------------- */
@@ -670,13 +868,46 @@ ORACLE_FN double oracle_v_norm(const oracle_head *h)
 {
     double most = 0;
     for (int64_t j = 0; j < h->kv_tokens; j++) {
-        const float *v = oracle_row(h->v, h->v_stride, h->dim, j);
+        const float *v = oracle_row(h->v, h->v_stride, oracle_values(h), j);
         double sum = 0;
-        for (int d = 0; d < h->dim; d++)
+        for (int d = 0; d < oracle_values(h); d++)
             sum += (double)v[d] * (double)v[d];
         most = fmax(most, sqrt(sum));
     }
     return most;
+}
+
+/* ---- 16-bit floats ----------------------------------------------------------------------------------------------- */
+
+/* A float as bits of bf16 or f16: to nearest, ties to even, from the definition of the formats. */
+ORACLE_FN uint16_t oracle_half_of(int f16, float x)
+{
+    const int places = f16 ? 11 : 8, lowest = f16 ? -13 : -125;
+    const unsigned sign = signbit(x) ? 0x8000u : 0;
+    double y = fabs((double)x), unit;
+    int e;
+    if (isnan(x))
+        return (uint16_t)(sign | (f16 ? 0x7e00u : 0x7fc0u));
+    frexp(y, &e);
+    unit = ldexp(1, (y == 0 || e < lowest ? lowest : e) - places);
+    y = isinf(y) ? y : nearbyint(y / unit) * unit;
+    if (y > (f16 ? 65504 : 3.3895313892515355e38))
+        return (uint16_t)(sign | (f16 ? 0x7c00u : 0x7f80u));
+    frexp(y, &e);
+    if (y == 0 || e < lowest)
+        return (uint16_t)(sign | (unsigned)(y / ldexp(1, lowest - places)));
+    y = ldexp(y, places - e) - ldexp(1, places - 1);
+    return (uint16_t)(sign | (((unsigned)(e - lowest + 1) << (places - 1)) + (unsigned)y));
+}
+
+ORACLE_FN float oracle_half_value(int f16, uint16_t bits)
+{
+    const int places = f16 ? 11 : 8, lowest = f16 ? -13 : -125;
+    const int e = (bits & 0x7fff) >> (places - 1), m = bits & ((1 << (places - 1)) - 1);
+    const double y = e == (f16 ? 31 : 255) ? (m ? NAN : INFINITY)
+                     : e                   ? ldexp(1 + ldexp(m, 1 - places), e + lowest - 2)
+                                           : ldexp(m, lowest - places);
+    return (float)(bits >> 15 ? -y : y);
 }
 
 /* ---- inputs ---------------------------------------------------------------------------------------------------- */

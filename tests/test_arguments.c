@@ -17,7 +17,7 @@ typedef struct victim {
     block lists;        /* of a pattern, as struct lists */
     block dout, dq, dk, dv;
     int32_t cu[4];
-    unsigned char *copy[16]; /* of every block before the call */
+    unsigned char *copy[17]; /* of every block before the call */
 } victim;
 
 /* Valid lists for the victim's pattern to take up: one query block and a spare, the key block 0 for the first. */
@@ -31,10 +31,10 @@ static const lists valid_lists = {{1, 1, 1, 1}, {2, 5, 9},    {0, 1, 1}, {0, 1, 
 
 static block *victim_block(victim *v, int i)
 {
-    block *const all[] = {&v->c.q,         &v->c.key,        &v->c.v,     &v->c.out,     &v->c.lse, &v->dq,
-                          &v->c.workspace, &v->c.projection, &v->c.state, &v->c.pattern, &v->other, &v->dk,
-                          &v->spare,       &v->lists,        &v->dout,    &v->dv};
-    return i < 16 ? all[i] : NULL;
+    block *const all[] = {&v->c.q,         &v->c.key,        &v->c.v,     &v->c.out,     &v->c.lse,  &v->dq,
+                          &v->c.workspace, &v->c.projection, &v->c.state, &v->c.pattern, &v->other,  &v->dk,
+                          &v->spare,       &v->lists,        &v->dout,    &v->dv,        &v->c.decay};
+    return i < 17 ? all[i] : NULL;
 }
 
 static victim victim_make(const kernel *k)
@@ -72,16 +72,16 @@ static victim victim_make(const kernel *k)
 
 static void victim_free(victim *v)
 {
-    for (int i = 0; i < 16; i++)
+    for (int i = 0; i < 17; i++)
         free(v->copy[i]);
-    for (int i = 0; i < 16; i++)
+    for (int i = 0; i < 17; i++)
         block_free(victim_block(v, i));
     call_free(&v->c);
 }
 
 static void victim_remember(victim *v)
 {
-    for (int i = 0; i < 16; i++) {
+    for (int i = 0; i < 17; i++) {
         const block *b = victim_block(v, i);
         v->copy[i] = (unsigned char *)malloc(b->bytes + 1);
         if (b->bytes)
@@ -91,7 +91,7 @@ static void victim_remember(victim *v)
 
 static int victim_untouched(victim *v)
 {
-    for (int i = 0; i < 16; i++) {
+    for (int i = 0; i < 17; i++) {
         const block *b = victim_block(v, i);
         if (!block_intact(b) || (b->bytes && memcmp(v->copy[i], b->data, b->bytes) != 0))
             return 0;
@@ -132,7 +132,9 @@ static const char *shape_fault(int which, victim *v, nf_status *expected)
     FAULT(NF_E_SIZE, a->sequences = -1)
     FAULT(NF_E_HEADS, a->kv_heads = 3)
     FAULT(NF_E_HEADS, a->kv_heads = 8)
-    FAULT(NF_E_TOKENS, a->kv_tokens = 9)
+    if (a->mask == NF_CAUSAL) {
+        FAULT(NF_E_TOKENS, a->kv_tokens = 9)
+    }
     FAULT(NF_E_OVERFLOW, a->batch = huge)
     FAULT(NF_E_OVERFLOW, (a->heads = huge - huge % 2, a->kv_heads = 2))
     FAULT(NF_E_OVERFLOW, (a->heads = huge, a->kv_heads = huge))
@@ -257,8 +259,12 @@ static const char *state_fault(int which, victim *v, nf_status *expected)
     FAULT(NF_E_STATE, (a->batch = 1))
     FAULT(NF_E_OVERLAP, (a->out.data = v->c.state.data, a->state = v->c.state.data))
     FAULT(NF_E_OVERLAP, a->q.data = v->spare.data + v->c.state.bytes - 4)
-    if (v->c.k->features) {
+    if (v->c.k->far) {
         FAULT(NF_E_STATE, a->scale = 0.5f)
+    }
+    if (a->decay) {
+        FAULT(NF_E_STATE, a->decay = NULL)
+        FAULT(NF_E_STATE, ((float *)(void *)v->c.decay.data)[1] = -0.5f)
     }
     return NULL;
 }
@@ -462,14 +468,63 @@ static const char *decode_fault(int which, victim *v, nf_status *expected)
     nf_args *a = &v->a;
     FAULT(NF_OK, (void)0)
     FAULT(NF_E_TOKENS, a->kv_tokens = 11)
-    FAULT(NF_E_MASK, a->mask = NF_FULL)
-    if (v->c.k->features) {
+    FAULT(NF_E_MASK, (a->decay = NULL, a->mask = NF_FULL))
+    if (v->c.k->far) {
         FAULT(NF_E_NULL, a->state = NULL)
     }
     return NULL;
 }
 
-TEST_EACH(decode_faults)
+/* Decay and flags, of linear. */
+static const char *decay_fault(int which, victim *v, nf_status *expected)
+{
+    nf_args *a = &v->a;
+    float *decay = (float *)(void *)v->c.decay.data;
+    FAULT(NF_OK, a->flags = NF_UNNORMALISED)
+    FAULT(NF_E_VALUE, a->flags = 2)
+    FAULT(NF_E_VALUE, a->flags = 0x80000001u)
+    if (a->mask == NF_FULL) { /* softmaxqk */
+        FAULT(NF_E_MASK, a->mask = NF_CAUSAL)
+        FAULT(NF_E_DECAY, a->decay = (const float *)(const void *)v->lists.data)
+        return NULL;
+    }
+    FAULT(NF_OK, (a->state = NULL, a->decay = NULL, a->mask = NF_FULL))
+    FAULT(NF_OK, (a->state = NULL, decay[1] = -3e38f))
+    FAULT(NF_E_DECAY, a->mask = NF_FULL)
+    FAULT(NF_E_DECAY, decay[0] = 1e-30f)
+    FAULT(NF_E_DECAY, decay[1] = NAN)
+    FAULT(NF_E_DECAY, decay[1] = -INFINITY)
+    FAULT(NF_E_ALIGN, a->decay = (const float *)(const void *)(v->c.decay.data + 2))
+    FAULT(NF_E_OVERLAP, (a->out.data = decay + 1, v->g.dq.data = decay + 1))
+    return NULL;
+}
+
+TEST_LIST(decay_faults, LINEARS)
+{
+    EACH_WAY(k, w)
+    {
+        provoke(k, w.forward, NULL, w.name, decay_fault, 1);
+        provoke(k, w.forward, NULL, w.name, decay_fault, 0);
+        provoke(k, NULL, w.backward, w.name, decay_fault, 0);
+    }
+}
+
+/* softmaxqk has all its keys before the first query: there is nothing to decode. */
+TEST_LIST(no_decode, FULL_LINEARS)
+{
+    victim v = victim_make(k);
+    victim_remember(&v);
+    EACH_WAY(k, w)
+    {
+        CHECK(w.decode(&v.a, v.workspace, v.bytes) == NF_E_MASK && victim_untouched(&v), "%s", w.name);
+        v.a.mask = NF_CAUSAL;
+        CHECK(w.decode(&v.a, v.workspace, v.bytes) == NF_E_MASK && victim_untouched(&v), "%s", w.name);
+        v.a.mask = NF_FULL;
+    }
+    victim_free(&v);
+}
+
+TEST_LIST(decode_faults, CAUSALS)
 {
     EACH_WAY(k, w)
     {
@@ -717,7 +772,7 @@ static const char *merge_fault(int which, victim *v, merging *m, nf_status *expe
     return NULL;
 }
 
-#define MERGING(X, y) FAVORS(X, y) SPARSES(X, y)
+#define MERGING(X, y) FAVORS(X, y) LINEARS(X, y) SPARSES(X, y)
 TEST_LIST(merge_faults, MERGING)
 {
     for (int i = 0;; i++) {
@@ -804,7 +859,12 @@ static const char *calibration_fault(int which, nf_calibration *s, float *data, 
     FAULT(NF_E_VALUE, s->tau = -0.5f)
     FAULT(NF_E_VALUE, s->tau = 1.5f)
     FAULT(NF_E_VALUE, s->tau = NAN)
-    FAULT(NF_E_VALUE, s->flags = 4)
+    FAULT(NF_OK, s->flags = 31)
+    FAULT(NF_OK, (s->q = s->k = NULL, s->q_tokens = s->k_tokens = 0)) /* no sample */
+    FAULT(NF_E_NULL, s->q = s->k = NULL)
+    FAULT(NF_E_NULL, (s->q = NULL, s->q_tokens = 0))
+    FAULT(NF_E_VALUE, (s->q = s->k = NULL, s->q_tokens = s->k_tokens = 0, s->tau = 2))
+    FAULT(NF_E_VALUE, s->flags = 32)
     FAULT(NF_E_VALUE, data[0] = NAN)
     FAULT(NF_E_VALUE, data[11] = INFINITY)
     return NULL;
@@ -902,7 +962,7 @@ TEST_EACH(entry)
     const nf_variant *v = k->variants(&count);
     while (!v->supported())
         v++;
-    for (int decode = 0; decode < 2; decode++) {
+    for (int decode = 0; decode < (k->map == ORACLE_SOFTMAXQK ? 1 : 2); decode++) {
         if (decode && stateful(k))
             call_state(&c);
         CHECK(call_run(&c, decode ? v->decode : v->forward) == NF_OK, "%s", v->name);

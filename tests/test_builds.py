@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, STRICT_C, Headers, need, run
 
-OPERATORS = ("favor", "exact", "sparse", "hybrid")
-TOPICS = ("accuracy", "bits", "state", "pattern", "backward", "projection", "compat", "arguments")
+LISTS = {  # meson.build's lists of contracts, and how the names in them begin or look
+    "FAVORS": "favor",
+    "CAUSAL_LINEARS": r"linear_(?!softmaxqk)\w+_f32_d\d+$",
+    "FULL_LINEARS": r"linear_softmaxqk_f32_d\d+$",
+    "OTHER_LINEARS": r"linear_\w+(f16_d\d+|_v\d+)",
+    "EXACTS": "exact",
+    "SPARSES": "sparse",
+    "HYBRIDS": "hybrid",
+}
+TOPICS = ("accuracy", "bits", "state", "pattern", "linear", "backward", "projection", "compat", "arguments")
 CONTRACTS = (
     *("favor_cosh_f32_d32_m128", "favor_exp_f32_d8_m8", "exact_f32_d40"),
     *("favor_trig_f32_d8_m8", "favor_relu_f32_d8_m8"),
     *("sparse_f32_d40_b16", "hybrid_cosh_f32_d8_m8_b16"),
+    *("linear_relu_f32_d40", "linear_softmaxqk_f32_d40", "linear_taylor2_f32_d8_v48", "linear_elu_bf16_d40_v64"),
 )
 OLDER = (
     "accuracy",
     "pattern:drawn",
+    "linear",
     "backward:inputs",
     "arguments",
 )  # topics on older processors; after ':' a test alone
-VALUES = ("accuracy", "state", "pattern:drawn", "backward:inputs")  # those in which no NaN is looked for
+VALUES = ("accuracy", "state", "pattern:drawn", "linear", "backward:inputs")  # those in which no NaN is looked for
 SMALL = (
-    *("favor_exp_f32_d8_m8", "favor_trig_f32_d8_m8", "favor_relu_f32_d8_m8"),
+    *("favor_exp_f32_d8_m8", "favor_trig_f32_d8_m8", "favor_relu_f32_d8_m8", "linear_elu_f32_d8"),
     *("exact_f32_d8", "sparse_f32_d8_b32", "hybrid_cosh_f32_d8_m8_b16"),
 )
+HALVES = ("linear_identity_f16_d32_v80", "linear_elu_bf16_d40_v64")
 
 
 @dataclass(frozen=True)
@@ -45,14 +57,20 @@ SANITIZE = "-g -fsanitize=address,undefined -fno-sanitize-recover=all"  # at -O0
 GOLDEN = ("favor_cosh_f32_d64_m128", "favor_cosh_f32_d48_m96", "favor_cosh_f32_d80_m336", "favor_exp_f32_d256_m32")
 BUILDS = {
     "address and undefined, gcc": Build(
-        "gcc", f"-O0 {SANITIZE}", topics=("accuracy", "state", "backward", "arguments")
+        "gcc", f"-O0 {SANITIZE}", topics=("accuracy", "state", "linear", "backward", "arguments")
     ),
     "address and undefined, clang": Build("clang", f"-O0 {SANITIZE}", topics=("state", "pattern", "arguments")),
     "fast-math": Build("gcc", "-O3 -ffast-math", topics=VALUES),
     "fast-math, clang": Build("clang", "-O3 -ffast-math", topics=VALUES, contracts=SMALL),
     "native": Build("gcc", "-O3 -march=native", topics=("accuracy", "backward:inputs")),
     "no optimisation": Build("gcc", "-O0", topics=("accuracy",)),
-    "neon": Build(ARM, "-O2 -static", "qemu-aarch64", ("accuracy", "state", "backward"), ("exact_f32_d40", *SMALL)),
+    "neon": Build(
+        ARM,
+        "-O2 -static",
+        "qemu-aarch64",
+        ("accuracy", "state", "linear", "backward"),
+        ("exact_f32_d40", *SMALL, *HALVES),
+    ),
     "golden matrices, neon": Build(ARM, "-O1 -static", "qemu-aarch64 {} golden", ("projection",), GOLDEN),
     "golden matrices, fast-math": Build("gcc", "-O3 -ffast-math", "{} golden", ("projection",), GOLDEN),
     "without AVX-512": Build("gcc", "-O2 -static", "qemu-x86_64 -cpu Haswell-v1", OLDER, SMALL),
@@ -63,8 +81,8 @@ PACKAGES = {ARM: "gcc-aarch64-linux-gnu", "qemu-aarch64": "qemu-user", "qemu-x86
 
 def lists(contracts: tuple[str, ...]) -> list[str]:
     """What meson.build says of the contracts."""
-    found = {o: " ".join(f"X({c}, y)" for c in contracts if c.startswith(o)) for o in OPERATORS}
-    return [f"-D{operator.upper()}S(X,y)={text}" for operator, text in found.items()]
+    found = {name: " ".join(f"X({c}, y)" for c in contracts if re.match(form, c)) for name, form in LISTS.items()}
+    return [f"-D{name}(X,y)={text}" for name, text in found.items()]
 
 
 def kernel(build: Build, contract: str, headers: Headers, output: Path) -> Path:
@@ -98,20 +116,21 @@ def test_build(name: str, headers: Headers, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
-def test_threads_do_not_race(compiler: str, headers: Headers, tmp_path: Path) -> None:
-    """The threads of examples/threads.c split a call over one state under ThreadSanitizer."""
+@pytest.mark.parametrize("example, contract", [("threads", "m128"), ("long_sequence", "m256")])
+def test_threads_do_not_race(compiler: str, example: str, contract: str, headers: Headers, tmp_path: Path) -> None:
+    """Threads that split a call over one state, and over the pieces of one sequence, under ThreadSanitizer."""
     need(compiler, compiler)
-    folder = headers("favor_cosh_f32_d64_m128")
+    folder = headers(f"favor_cosh_f32_d64_{contract}")
     run(
-        *(compiler, "-std=gnu11", "-O0", "-g", "-fsanitize=thread", "-I", folder, ROOT / "examples" / "threads.c"),
-        *("-o", tmp_path / "threads", "-pthread", "-lm"),
+        *(compiler, "-std=gnu11", "-O0", "-g", "-fsanitize=thread", "-I", folder, ROOT / "examples" / f"{example}.c"),
+        *("-o", tmp_path / example, "-pthread", "-lm"),
     )
-    run(tmp_path / "threads", env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"})
+    run(tmp_path / example, "500", "1", env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"})
 
 
 def test_fuzz_arguments(headers: Headers, tmp_path: Path) -> None:
     need("clang", "clang")
-    folder = headers("favor_cosh_f32_d8_m8", *SMALL)
+    folder = headers("favor_cosh_f32_d8_m8", "linear_softmaxqk_f32_d8", *SMALL)
     program = tmp_path / "fuzz"
     flags = ["-std=gnu99", "-O0", "-g", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
     probe = tmp_path / "probe.c"

@@ -65,7 +65,7 @@ def run(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 def test_every_name_parses_back() -> None:
     every = list(contracts())
-    assert len({c.name for c in every}) == len(every) == 32 * (4 * 3 * 65 + 1 + 32 + 2 * 65 * 32)
+    assert len({c.name for c in every}) == len(every) == 32 * (4 * 3 * 65 + 4 * 3 + 1 + 32 + 2 * 65 * 32) + 4 * 3
     assert len({c.hash for c in every}) == len(every)
     for contract in every:
         assert parse(contract.name) == contract
@@ -74,6 +74,8 @@ def test_every_name_parses_back() -> None:
 def test_odd_combinations_and_derived_values() -> None:
     assert (parse("favor_exp_f32_d48_m96").rows, parse("favor_cosh_f32_d80_m336").rows) == (96, 168)
     assert (parse("favor_cosh_f32_d8_m8").rows, EXACT.rows, EXACT.map) == (4, 0, "")
+    assert [parse(f"linear_{m}_bf16_d16_v64").features for m in ("elu", "taylor2")] == [16, 160]
+    assert [parse(f"linear_{m}_f32_d16").default_scale for m in ("elu", "taylor2")] == [1, 0.25]
     value = 0xCBF29CE484222325
     for byte in b"exact_f32_d64":
         value = (value ^ byte) * 0x100000001B3 % 2**64
@@ -99,6 +101,7 @@ def test_odd_combinations_and_derived_values() -> None:
             "favor_cosh_f32_d64",
             "field 'm' is missing: write favor_<cosh|exp|trig|relu>_<f32|bf16|f16>_d<D>_[v<V>]_m<M>",
         ),
+        ("linear_taylor2_f32_d40", "field 'd' = 40: must be at most 32 with taylor2"),
         ("exact_f32_d64_m128", "field 'm128' is unknown: write exact_f32_d<D>"),
         ("exact_f32_d64_", "field '' is unknown"),
         (
@@ -111,11 +114,11 @@ def test_odd_combinations_and_derived_values() -> None:
         ("favor_cos_f32_d64_m128", "field 'map' = 'cos': must be cosh or exp or trig or relu; did you mean 'cosh'?"),
         (
             "favour_cosh_f32_d64_m128",
-            "field 'operator' = 'favour': must be favor or exact or sparse or hybrid; did you mean 'favor'?",
+            "field 'operator' = 'favour': must be favor or linear or exact or sparse or hybrid; did you mean 'favor'?",
         ),
         ("exact_f64_d64", "field 'dtype' = 'f64': must be f32"),
         ("Exact_f32_d64", "did you mean 'exact'?"),
-        ("", "field 'operator' = '': must be favor or exact or sparse or hybrid"),
+        ("", "field 'operator' = '': must be favor or linear or exact or sparse or hybrid"),
         ("nf_exact_f32_d64", "write the contract alone: 'exact_f32_d64'"),
         ("exact_f32_d64_cpu", "write the contract alone: 'exact_f32_d64'"),
         ("nf_exact_f32_d64_cpu_avx2_c32_r6x2", "write the contract alone: 'exact_f32_d64'"),

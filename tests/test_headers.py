@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import time
@@ -14,6 +15,7 @@ FAVOR = "favor_cosh_f32_d64_m128"
 EXACT = "exact_f32_d64"
 SPARSE = "sparse_f32_d8_b32"
 HYBRID = "hybrid_cosh_f32_d8_m8_b16"
+LINEAR = "linear_taylor2_bf16_d8"
 SMALL = ["favor_cosh_f32_d8_m8", "favor_exp_f32_d8_m8", "exact_f32_d8"]
 MAPS = ["favor_trig_f32_d8_m8", "favor_relu_f32_d8_m8"]
 ALL = [FAVOR, EXACT, *SMALL, *MAPS, "favor_cosh_f32_d48_m96", "favor_exp_f32_d64_m256"]
@@ -31,19 +33,20 @@ SOURCES = {
     "exact": include(EXACT, "NEARFAR_IMPLEMENTATION"),
     "sparse": include(SPARSE, "NEARFAR_IMPLEMENTATION"),
     "hybrid": include(HYBRID, "NEARFAR_IMPLEMENTATION"),
+    "linear": include(LINEAR, "NEARFAR_IMPLEMENTATION"),
     "forward only": "#define NEARFAR_FORWARD_ONLY\n" + include(HYBRID, "NEARFAR_IMPLEMENTATION"),
     "static": include(SMALL[0], "NEARFAR_STATIC"),
     "twice": include(SMALL[0], "NEARFAR_IMPLEMENTATION") + include(SMALL[0]),
     "defined later": include(SMALL[0]) + include(SMALL[0], "NEARFAR_IMPLEMENTATION"),
     "other maps": "".join(include(c, "NEARFAR_IMPLEMENTATION") for c in MAPS),
     "two headers": include(SMALL[0], "NEARFAR_IMPLEMENTATION") + include(SMALL[2]),
-    "four operators": "".join(
-        include(c, "NEARFAR_STATIC" if c == SPARSE else "") for c in (SPARSE, HYBRID, *SMALL[1:])
+    "all operators": "".join(
+        include(c, "NEARFAR_STATIC" if c == SPARSE else "") for c in (SPARSE, HYBRID, LINEAR, *SMALL[1:])
     ),
 }
 # Every source goes through one standard per compiler with -O2 (the largest: -O1); the others only check theirs.
 FULL = ("c99", "c++20")
-LARGE = ("hybrid", "four operators")
+LARGE = ("hybrid", "all operators")
 C_STANDARDS = ["c99", "c11", "c17", "c2x"]
 CXX_STANDARDS = ["c++11", "c++14", "c++17", "c++20"]
 MATRIX = [
@@ -51,7 +54,7 @@ MATRIX = [
     for compiler in PACKAGES
     for standard in (CXX_STANDARDS if "++" in compiler else C_STANDARDS)
     for name in SOURCES
-    if standard in FULL or name in ("implementation", "exact", "sparse", "hybrid", "static")
+    if standard in FULL or name in ("implementation", "exact", "sparse", "hybrid", "linear", "static")
 ]
 
 
@@ -274,13 +277,33 @@ def test_memory_is_constant(contract: str, headers: Headers, tmp_path: Path) -> 
     assert told and int(told[1]) < 2048
 
 
-@pytest.mark.parametrize("name", [file.name for file in sorted((ROOT / "examples").glob("*.c"))])
+# Open MPI: run as root too (in a container), and more ranks than cores.
+MPI_SETTINGS = ("ALLOW_RUN_AS_ROOT", "ALLOW_RUN_AS_ROOT_CONFIRM", "MCA_rmaps_base_oversubscribe")
+EXAMPLES = sorted(file.name for file in (ROOT / "examples").glob("*.c"))
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if not name.endswith("_mpi.c")])
 def test_examples(name: str, headers: Headers, tmp_path: Path) -> None:
+    build_example("gcc", name, headers, tmp_path)
+    assert re.match(r"ok; ", run(tmp_path / "a.out"))
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name.endswith("_mpi.c")])
+def test_mpi_examples(name: str, headers: Headers, tmp_path: Path) -> None:
+    """One compilation, runs of one rank and of more than there are cores."""
+    for program in ("mpicc", "mpirun"):
+        need(program, "libopenmpi-dev openmpi-bin")
+    build_example("mpicc", name, headers, tmp_path)
+    env = os.environ | {f"OMPI_{setting}": "1" for setting in MPI_SETTINGS}
+    for ranks in (1, 2, 5):
+        assert re.search(rf"^ok; {ranks} ranks", run("mpirun", "-n", ranks, tmp_path / "a.out", env=env), re.MULTILINE)
+
+
+def build_example(compiler: str, name: str, headers: Headers, tmp_path: Path) -> None:
     source = ROOT / "examples" / name
     folder = used_headers(source.read_text(encoding="utf-8"), headers)
     flags = ["-std=gnu11", "-O2", *STRICT_C]
-    run("gcc", *flags, "-I", folder, source, "-o", tmp_path / "a.out", "-lm", "-pthread")
-    assert re.match(r"ok; ", run(tmp_path / "a.out"))
+    run(compiler, *flags, "-I", folder, source, "-o", tmp_path / "a.out", "-lm", "-pthread")
 
 
 def test_readme_example() -> None:

@@ -33,40 +33,9 @@ static pair pair_of(const kernel *k, const kernel *twin)
     TWINS(TWIN_PAIR, topic) \
     static void topic(const pair *p)
 
-/* A float as bits of bf16 or f16: to nearest, ties to even, from the definition of the formats. */
-static uint16_t half_of(int f16, float x)
-{
-    const int places = f16 ? 11 : 8, lowest = f16 ? -13 : -125;
-    const unsigned sign = signbit(x) ? 0x8000u : 0;
-    double y = fabs((double)x), unit;
-    int e;
-    if (isnan(x))
-        return (uint16_t)(sign | (f16 ? 0x7e00u : 0x7fc0u));
-    frexp(y, &e);
-    unit = ldexp(1, (y == 0 || e < lowest ? lowest : e) - places);
-    y = isinf(y) ? y : nearbyint(y / unit) * unit;
-    if (y > (f16 ? 65504 : 3.3895313892515355e38))
-        return (uint16_t)(sign | (f16 ? 0x7c00u : 0x7f80u));
-    frexp(y, &e);
-    if (y == 0 || e < lowest)
-        return (uint16_t)(sign | (unsigned)(y / ldexp(1, lowest - places)));
-    y = ldexp(y, places - e) - ldexp(1, places - 1);
-    return (uint16_t)(sign | (((unsigned)(e - lowest + 1) << (places - 1)) + (unsigned)y));
-}
-
-static float half_value(int f16, uint16_t bits)
-{
-    const int places = f16 ? 11 : 8, lowest = f16 ? -13 : -125;
-    const int e = (bits & 0x7fff) >> (places - 1), m = bits & ((1 << (places - 1)) - 1);
-    const double y = e == (f16 ? 31 : 255) ? (m ? NAN : INFINITY)
-                     : e                   ? ldexp(1 + ldexp(m, 1 - places), e + lowest - 2)
-                                           : ldexp(m, lowest - places);
-    return (float)(bits >> 15 ? -y : y);
-}
-
 static float read_element(const pair *p, const void *at, int64_t i)
 {
-    return p->element == 4 ? ((const float *)at)[i] : half_value(p->f16, ((const uint16_t *)at)[i]);
+    return p->element == 4 ? ((const float *)at)[i] : oracle_half_value(p->f16, ((const uint16_t *)at)[i]);
 }
 
 static void write_element(const pair *p, void *at, int64_t i, float x)
@@ -74,7 +43,7 @@ static void write_element(const pair *p, void *at, int64_t i, float x)
     if (p->element == 4)
         ((float *)at)[i] = x;
     else
-        ((uint16_t *)at)[i] = half_of(p->f16, x);
+        ((uint16_t *)at)[i] = oracle_half_of(p->f16, x);
 }
 
 static float rounded(const pair *p, float x)

@@ -24,12 +24,13 @@ enum { NF_EPS_IGNORED, NF_EPS_NONE, NF_EPS_FULL, NF_EPS_ALWAYS };
 typedef struct nf_contract {
     uint64_t hash;                                    /* FNV-1a of the contract's name */
     int64_t dim, values;                              /* D of queries and keys, V of values and outputs */
-    int64_t features;                                 /* M; 0: no projection */
+    int64_t features;                                 /* of a far field; 0: none */
     int64_t block;                                    /* tokens of a block of the pattern; 0: takes no pattern */
     size_t element;                                   /* bytes of a tensor element */
     size_t workspace;                                 /* bytes, enough for every variant of the kernel */
-    size_t projection;                                /* bytes of one projection */
-    float default_scale;                              /* 1/sqrt(D) */
+    size_t projection;                                /* bytes of one projection; 0: takes none */
+    float default_scale;                              /* 1/sqrt(D), or 1 */
+    int decays, full_only;                            /* takes decay and flags; takes no causal mask */
     int32_t eps;                                      /* NF_EPS_... */
     nf_status (*check_pattern)(struct nf_plan *plan); /* of operators over a pattern */
 } nf_contract;
@@ -52,8 +53,9 @@ typedef struct nf_unit {
     int64_t q_stride, k_stride, v_stride, out_stride; /* elements from token to token */
     int64_t q_head, out_head, lse_head;               /* elements from query head to query head */
     int64_t group;                                    /* query heads that share the kv head */
-    float scale, eps;
+    float scale, decay, eps;
     int32_t mask;
+    uint32_t flags;
     const void *projection;
     nf_state_unit *state;
     const nf_unit_grads *grads; /* NULL in a forward */
@@ -129,6 +131,22 @@ NF_UNUSED static double nf_log(double x)
     m = 2 * s *
         (1 + s2 * (1.0 / 3 + s2 * (1.0 / 5 + s2 * (1.0 / 7 + s2 * (1.0 / 9 + s2 * (1.0 / 11 + s2 * (1.0 / 13)))))));
     return m + 0.69314718055994531 * (double)exponent;
+}
+
+/* e^x of x <= 0 (of NaN: 0), relative error below 1e-14, without libm. */
+NF_UNUSED static double nf_exp(double x)
+{
+    const double y = x > -700 ? x * 1.4426950408889634 : -1010;
+    const int64_t whole = -(int64_t)(0.5 - y);
+    const double f = 0.69314718055994531 * (y - (double)whole);
+    const uint64_t bits = (uint64_t)(whole + 1023) << 52;
+    double sum = 1, power;
+    if (!(x > -700))
+        return 0;
+    for (int i = 14; i > 0; i--)
+        sum = 1 + sum * f / i;
+    memcpy(&power, &bits, sizeof power);
+    return sum * power;
 }
 
 /* ln of den * 2^exponent, plus shift; -inf for an empty sum. */
@@ -207,12 +225,23 @@ static nf_status nf_extent(const nf_contract *c, int64_t dim, int64_t batch, int
     return *bytes && !nf_aligned(data, c->element) ? NF_E_ALIGN : NF_OK;
 }
 
-/* The hash that ties a state to the features, the scale and the pattern it was made with. */
+/* The decay of a unit. */
+NF_UNUSED static float nf_decay(const nf_plan *p, int64_t unit)
+{
+    const nf_args *a = &p->args;
+    return p->contract->decays && a->decay ? a->decay[unit % a->kv_heads] : 0;
+}
+
+/* The hash that ties a state to the features, the scale, the decay and the pattern it was made with. */
 NF_UNUSED static uint64_t nf_state_hash(const nf_plan *p, int64_t unit)
 {
     const nf_args *a = &p->args;
     uint64_t hash = p->contract->hash;
-    if (p->contract->features) {
+    if (p->contract->decays) {
+        const float numbers[2] = {a->scale, nf_decay(p, unit)};
+        hash = nf_hash(hash, numbers, sizeof numbers);
+    }
+    if (p->contract->projection) {
         const char *projection = (const char *)a->projection + (size_t)(unit % a->kv_heads) * a->projection_stride;
         hash = nf_hash(((const nf_projection_head *)(const void *)projection)->hash, &a->scale, sizeof a->scale);
         if (a->eps > 0)
@@ -231,6 +260,19 @@ NF_UNUSED static nf_state_unit *nf_state_at(const nf_plan *p, int64_t unit)
     return (nf_state_unit *)(void *)((char *)p->args.state + sizeof(nf_state_head) + (size_t)unit * p->state_unit);
 }
 
+/* The decays, and the flags beside them. */
+static nf_status nf_check_decay(const nf_args *a)
+{
+    if (a->flags & ~NF_UNNORMALISED)
+        return NF_E_VALUE;
+    if (!nf_aligned(a->decay, sizeof(float)))
+        return NF_E_ALIGN;
+    for (int64_t h = 0; a->decay && h < a->kv_heads; h++)
+        if (a->mask != NF_CAUSAL || !nf_finite(a->decay[h]) || a->decay[h] > 0)
+            return NF_E_DECAY;
+    return NF_OK;
+}
+
 /* The number added to the features. */
 static nf_status nf_check_eps(const nf_contract *c, nf_args *a)
 {
@@ -246,7 +288,7 @@ static nf_status nf_check_eps(const nf_contract *c, nf_args *a)
     return NF_OK;
 }
 
-/* Sizes, heads, mask, scale and packing; fills in the defaults. Reads no tensor. */
+/* Sizes, heads, mask, scale, decay, eps and packing; fills in the defaults. Reads no tensor. */
 static nf_status nf_check_shape(const nf_contract *c, const nf_args *args, nf_plan *p)
 {
     nf_args *a = &p->args;
@@ -266,6 +308,8 @@ static nf_status nf_check_shape(const nf_contract *c, const nf_args *args, nf_pl
     if (a->heads % a->kv_heads != 0)
         return NF_E_HEADS;
     if (a->mask != NF_CAUSAL && a->mask != NF_FULL)
+        return NF_E_MASK;
+    if (a->mask == NF_CAUSAL && c->full_only)
         return NF_E_MASK;
     if (a->mask == NF_CAUSAL && a->kv_tokens < a->q_tokens)
         return NF_E_TOKENS;
@@ -294,8 +338,8 @@ static nf_status nf_check_shape(const nf_contract *c, const nf_args *args, nf_pl
         nf_product(nf_product(nf_product(a->batch, a->heads), a->q_tokens), (c->dim + c->values) * 8) < 0 ||
         nf_product(nf_product(nf_product(a->batch, a->kv_heads), a->kv_tokens), (c->dim + c->values) * 8) < 0)
         return NF_E_OVERFLOW;
-    if (c->block) {
-        const nf_status status = c->check_pattern(p);
+    if (c->block || c->decays) {
+        const nf_status status = c->block ? c->check_pattern(p) : nf_check_decay(a);
         if (status != NF_OK)
             return status;
     }
@@ -325,7 +369,7 @@ static size_t nf_projection_extent(const nf_plan *p)
 static nf_status nf_check_projection(const nf_plan *p)
 {
     const nf_args *a = &p->args;
-    if (!p->contract->features)
+    if (!p->contract->projection)
         return NF_OK;
     if (!a->projection)
         return NF_E_NULL;
@@ -392,11 +436,12 @@ static int nf_meet(const nf_memory *m, int written)
     return 0;
 }
 
-/* Claim projections, borders and lists. */
+/* Claim projections, decays, borders and lists. */
 static void nf_claim_constants(const nf_plan *p, nf_memory *m)
 {
     const nf_args *a = &p->args;
-    nf_claim(m, a->projection, p->contract->features ? nf_projection_extent(p) : 0);
+    nf_claim(m, a->projection, p->contract->projection ? nf_projection_extent(p) : 0);
+    nf_claim(m, a->decay, p->contract->decays ? (size_t)a->kv_heads * sizeof(float) : 0);
     nf_claim(m, a->cu_tokens, ((size_t)a->sequences + 1) * sizeof(int32_t));
     if (p->contract->block) {
         const nf_pattern *pattern = a->pattern;
@@ -551,9 +596,12 @@ static nf_unit nf_unit_at(const nf_plan *p, int64_t unit, nf_unit_grads *grads)
     }
     u.group = p->group;
     u.scale = a->scale, u.eps = a->eps;
+    u.decay = nf_decay(p, unit);
     u.mask = a->mask;
-    u.projection =
-        a->projection && p->contract->features ? (const char *)a->projection + (size_t)h * a->projection_stride : NULL;
+    u.flags = a->flags;
+    u.projection = a->projection && p->contract->projection
+                       ? (const char *)a->projection + (size_t)h * a->projection_stride
+                       : NULL;
     u.pattern = a->pattern;
     u.first_head = head;
     u.window = p->window, u.globals = p->globals, u.ring = p->ring;

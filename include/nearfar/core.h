@@ -35,7 +35,10 @@ extern "C" {
     X(NF_E_OVERFLOW, -5, "a product of sizes and strides exceeds the address range") \
     X(NF_E_STRIDE, -6, "a stride is negative, below the head dim, or lets rows of out overlap") \
     X(NF_E_SCALE, -7, "scale must be from 0 to 1e30 (0 means 1/sqrt(D))") \
-    X(NF_E_MASK, -8, "mask must be NF_CAUSAL or NF_FULL; decode, hybrid and a state with a window are causal only") \
+    X(NF_E_MASK, -8, \
+      "mask must be NF_CAUSAL or NF_FULL; decode, hybrid and a state with a window are causal only, softmaxqk is " \
+      "full " \
+      "only") \
     X(NF_E_PACKED, -9, "cu_tokens must rise from 0 to q_tokens = kv_tokens, with batch 1") \
     X(NF_E_SPLIT, -10, "split_begin and split_count must lie within batch (or sequences) * kv_heads") \
     X(NF_E_ALIGN, -11, "workspace, projection and state must be aligned to NF_ALIGN, tensors to their elements") \
@@ -43,7 +46,8 @@ extern "C" {
     X(NF_E_OVERLAP, -13, "memory to be written overlaps other memory of the call") \
     X(NF_E_PROJECTION, -14, "this is not a projection of this contract, or it was never initialised") \
     X(NF_E_STATE, -15, \
-      "this state is of another contract, projection, scale, eps, pattern or number of units, or was never reset") \
+      "this state is of another contract, projection, scale, eps, decay, pattern or number of units, or was never " \
+      "reset") \
     X(NF_E_PATTERN, -16, \
       "the pattern is empty, or has what this call does not take: lists with a state; dilation or blocks in hybrid") \
     X(NF_E_VALUE, -17, \
@@ -54,7 +58,8 @@ extern "C" {
     X(NF_E_BLOCKS, -21, \
       "block must be the contract's, offsets rise from 0 to block_count over all queries, blocks rise within the " \
       "keys") \
-    X(NF_E_EPS, -22, \
+    X(NF_E_DECAY, -22, "every decay must be finite and not above 0, and decay needs the causal mask") \
+    X(NF_E_EPS, -23, \
       "eps must be 0, or from 1e-9 to 1 with an uncalibrated projection: of relu, or of exp with NF_FULL, without a " \
       "state, in a forward")
 
@@ -62,7 +67,7 @@ typedef enum nf_status {
 #define NF_STATUS_ENUM(name, value, text) name = value,
     NF_STATUS_LIST(NF_STATUS_ENUM)
 #undef NF_STATUS_ENUM
-        NF_STATUS_COUNT = 23
+        NF_STATUS_COUNT = 24
 } nf_status;
 
 /* The sentence that belongs to a status. */
@@ -136,8 +141,8 @@ typedef struct nf_args {
     int64_t kv_tokens; /* keys per sequence; 0 = q_tokens */
     nf_input q, k, v;
     nf_output out;             /* overlaps no other memory of the call */
-    float *lse;                /* [batch, heads, q_tokens] natural log of the kernel sum, or NULL */
-    float scale;               /* of the logits; 0 = 1/sqrt(D) */
+    float *lse;                /* [batch, heads, q_tokens] natural log of the kernel sum (linear: the sum), or NULL */
+    float scale;               /* of the logits; 0 = 1/sqrt(D) (linear: see its manual) */
     int32_t mask;              /* nf_mask */
     const int32_t *cu_tokens;  /* packed sequences: their sequences + 1 borders, or NULL */
     int64_t sequences;         /* number of packed sequences */
@@ -148,8 +153,13 @@ typedef struct nf_args {
     int64_t split_begin;       /* first unit of this call; a unit is one kv head of one batch entry or sequence */
     int64_t split_count;       /* units of this call; 0 = all from split_begin on */
     void *stream;              /* GPU stream; ignored on a CPU */
+    const float *decay;        /* linear, causal: [kv_heads] natural log of what a token's distance of 1 leaves of its
+                                  weight, at most 0; NULL: 0 for all */
+    uint32_t flags;            /* linear: NF_UNNORMALISED */
     float eps;                 /* added to features: of favor_relu, 0 = 1e-3; of favor_exp, 0 = not; others take 0 */
 } nf_args;
+
+#define NF_UNNORMALISED 1u /* out_i = sum_j A_ij v_j, not divided by sum_j A_ij */
 
 /* What the backward of a forward call takes and gives. Tensors [batch, token, head, dim] as in nf_args; lse and dlse
  * [batch, heads, q_tokens]. Written are dq, dk and dv, all of them, and nothing is added to what they held. */
@@ -160,19 +170,23 @@ typedef struct nf_grads {
     nf_output dq, dk, dv;
 } nf_grads;
 
-/* A sample of one head's queries and keys (rows of D floats), from which a projection is fitted to the head: the means
- * are taken out (exact: softmax does not see them), the channels of q and k are balanced by Psi, and the logits are
- * tempered by tau^2, which trades bias for variance. Zero fields are defaults. */
+/* How a projection is made. A sample of one head's queries and keys (rows of D floats; NULL and 0 tokens: none) fits it
+ * to the head: the means are taken out (exact: softmax does not see them), the channels of q and k are balanced by Psi,
+ * and the logits are tempered by tau^2, which trades bias for variance. Flags choose how the rows are sampled. Zero
+ * fields are defaults. */
 typedef struct nf_calibration {
     const float *q, *k;         /* finite, up to 1e15 */
     int64_t q_tokens, k_tokens; /* rows of each sample */
     int64_t q_stride, k_stride; /* elements from row to row; 0 = D */
-    float tau;                  /* [0.001, 1]; 0 = 0.7, 1 = no tempering */
-    uint32_t flags;             /* NF_KEEP_MEAN, NF_KEEP_CHANNELS */
+    float tau;                  /* [0.001, 1]; 0 = 0.7 with a sample, otherwise 1, no tempering */
+    uint32_t flags;             /* NF_KEEP_MEAN .. NF_SIMPLEX */
 } nf_calibration;
 
 #define NF_KEEP_MEAN 1u     /* calibration: do not centre q and k */
 #define NF_KEEP_CHANNELS 2u /* calibration: do not balance the channels */
+#define NF_CHI_NORMS 4u     /* sampling: norms as of normal vectors, no bias; 0: all sqrt(D), less variance */
+#define NF_GRAM_SCHMIDT 8u  /* sampling: uniform rotations by Gram-Schmidt; 0: by signs and Hadamard transforms */
+#define NF_SIMPLEX 16u      /* sampling: each D rows form a simplex; 0: they are orthogonal */
 #define NF_KEEP_F32 1u      /* projection_from: do not round the matrix to bf16 */
 
 /* A projection of one contract: this head, then the matrix and the calibration, opaque to the caller. */
@@ -187,9 +201,9 @@ typedef struct nf_projection_head {
 /* A state: one nf_state_head, then for every batch entry (or sequence) and kv head an nf_state_unit followed by what
  * the operator carries. Far field, float R[M], z[M], S[M][D]: feature r holds z = sum_j 2^(l_jr - R) and S = sum_j
  * 2^(l_jr - R) v_j over the keys j seen so far, l the base-2 exponent of the key's feature and R a whole number (-1e30
- * while no key was seen); of trig and relu 2^(l_j - R) f_jr, f the feature and l_j, R the same for all features (relu:
- * 0). Near field, float K[rows][D], V[rows][D], rows = globals + ring: the first tokens, then the token at position p
- * in row globals + p % ring. */
+ * while no key was seen; linear: 0, but for softmaxqk), all of it fading with the decay up to the last key; of trig and
+ * relu 2^(l_j - R) f_jr, f the feature and l_j, R the same for all features (relu: 0). Near field, float K[rows][D],
+ * V[rows][D], rows = globals + ring: the first tokens, then the token at position p in row globals + p % ring. */
 typedef struct nf_state_head {
     uint32_t magic, abi;
     uint64_t contract;
@@ -199,10 +213,11 @@ typedef struct nf_state_head {
 } nf_state_head;
 
 typedef struct nf_state_unit {
-    uint64_t hash;  /* of projection, scale, eps and pattern */
+    uint64_t hash;  /* of projection, scale, eps, decay and pattern */
     int64_t tokens; /* tokens seen so far */
+    float decay;    /* of linear */
     float mass;     /* trig: sum_j 2^(l_j - R), l_j the exponent that all features of key j share */
-    uint32_t reserved[11];
+    uint32_t reserved[10];
 } nf_state_unit;
 
 /* One way to run a kernel. Variants of one kernel are interchangeable; a variant run where supported() is 0 returns

@@ -41,16 +41,18 @@ NF_UNUSED static void nf_state_empty(int m, int width, float *r, float *z, float
         r[i] = NF_NO_KEY;
 }
 
-/* dst = a + b of one unit, feature by feature on the larger of both references; dst may be a or b. */
+/* dst = a + b of one unit, feature by feature on the larger of both references, a having decayed over b's tokens; dst
+ * may be a or b. */
 static void nf_far_merge(nf_state_unit *dst, const nf_state_unit *a, const nf_state_unit *b, int m, int dim)
 {
+    const float left = (float)nf_exp((double)a->decay * (double)b->tokens);
     const float *x = (const float *)(const void *)(a + 1), *y = (const float *)(const void *)(b + 1);
     float *to = (float *)(void *)(dst + 1);
     const float top = x[0] > y[0] ? x[0] : y[0];
     dst->mass = a->mass * nf_power_of_two(x[0] - top) + b->mass * nf_power_of_two(y[0] - top);
     for (int i = 0; i < m; i++) {
         const float r = x[i] > y[i] ? x[i] : y[i];
-        const float fa = nf_power_of_two(x[i] - r), fb = nf_power_of_two(y[i] - r);
+        const float fa = left * nf_power_of_two(x[i] - r), fb = nf_power_of_two(y[i] - r);
         to[i] = r;
         to[m + i] = x[m + i] * fa + y[m + i] * fb;
         for (int d = 0; d < dim; d++)
@@ -129,6 +131,7 @@ static nf_status nf_state_reset(const nf_contract *c, const nf_args *args)
         nf_state_unit *unit = nf_state_at(&p, u);
         float *r = (float *)(void *)(unit + 1);
         unit->hash = nf_state_hash(&p, u);
+        unit->decay = nf_decay(&p, u);
         for (int64_t i = 0; i < c->features; i++)
             r[i] = NF_NO_KEY;
     }
@@ -187,6 +190,7 @@ static nf_status nf_state_merge(const nf_contract *c, void *dst, const void *a, 
             }
         memset(to->reserved, 0, sizeof to->reserved);
         to->hash = x->hash;
+        to->decay = x->decay;
         to->tokens = tokens;
     }
     return NF_OK;
