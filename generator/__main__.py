@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import UsageError, __version__, quality, records, testing, tuning
+from . import UsageError, __version__, peers, quality, records, testing, tuning
 from .contract import BACKENDS, OPERATORS, Contract, contracts, parse, shown
 from .render import ROOT, Recipe, add_recipe_arguments, check, recipes, render, write
 from .space import TARGETS, default, space, targets
@@ -171,6 +171,7 @@ def command_line() -> Parser:
     add_check(commands)
     tuning.add_commands(commands)
     quality.add_commands(commands)
+    peers.add_commands(commands)
     testing.add_test(commands)
     return parser
 

@@ -553,7 +553,7 @@ def test_list() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], *([c] for c in "generate list check tune pack bench report quality test".split())]
+    "command", [[], *([c] for c in "generate list check tune pack bench report quality peers test".split())]
 )
 def test_help(command: list[str]) -> None:
     done = run(*command, "--help")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run
 
-PYTHON = ["generator", "tests"]
+PYTHON = ["generator", "bench", "tests"]
 C_FOLDERS = ["include", "tests", "bench", "examples"]
 
 
