@@ -213,6 +213,9 @@ class Args(ctypes.Structure):
         ("split_begin", ctypes.c_int64),
         ("split_count", ctypes.c_int64),
         ("stream", ctypes.c_void_p),
+        ("decay", ctypes.c_void_p),
+        ("flags", ctypes.c_uint32),
+        ("eps", ctypes.c_float),
     ]
 
 

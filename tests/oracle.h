@@ -765,7 +765,7 @@ ORACLE_FN void oracle_softmax_backward(const oracle_head *h, const oracle_loss *
 
 ORACLE_FN void oracle_backward(const oracle_head *h, const oracle_loss *loss)
 {
-    (h->map ? oracle_linear_backward : oracle_softmax_backward)(h, loss);
+    (oracle_is_linear(h) ? oracle_linear_backward : oracle_softmax_backward)(h, loss);
 }
 
 /* ---- calibration ----------------------------------------------------------------------------------------------- */

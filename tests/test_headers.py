@@ -17,7 +17,8 @@ SPARSE = "sparse_f32_d8_b32"
 HYBRID = "hybrid_cosh_f32_d8_m8_b16"
 LINEAR = "linear_taylor2_bf16_d8"
 SMALL = ["favor_cosh_f32_d8_m8", "favor_exp_f32_d8_m8", "exact_f32_d8"]
-ALL = [FAVOR, EXACT, *SMALL, "favor_cosh_f32_d48_m96", "favor_exp_f32_d64_m256"]
+MAPS = ["favor_trig_f32_d8_m8", "favor_relu_f32_d8_m8"]
+ALL = [FAVOR, EXACT, *SMALL, *MAPS, "favor_cosh_f32_d48_m96", "favor_exp_f32_d64_m256"]
 PACKAGES = {"gcc": "gcc", "g++": "g++", "clang": "clang", "clang++": "clang"}
 
 
@@ -37,6 +38,7 @@ SOURCES = {
     "static": include(SMALL[0], "NEARFAR_STATIC"),
     "twice": include(SMALL[0], "NEARFAR_IMPLEMENTATION") + include(SMALL[0]),
     "defined later": include(SMALL[0]) + include(SMALL[0], "NEARFAR_IMPLEMENTATION"),
+    "other maps": "".join(include(c, "NEARFAR_IMPLEMENTATION") for c in MAPS),
     "two headers": include(SMALL[0], "NEARFAR_IMPLEMENTATION") + include(SMALL[2]),
     "all operators": "".join(
         include(c, "NEARFAR_STATIC" if c == SPARSE else "") for c in (SPARSE, HYBRID, LINEAR, *SMALL[1:])

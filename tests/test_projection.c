@@ -446,7 +446,7 @@ TEST_LIST(neutral, FAVORS)
 TEST_LIST(tempered, FAVORS)
 {
     static const float tau[2] = {0, 0.8f};
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 1 + estimates(k); i++) {
         const shape s = {.q_tokens = 70, .norm = 2, .seed = 3};
         call c = call_make(k, s);
         nf_calibration from = sample_of(&c);

@@ -46,7 +46,8 @@ extern "C" {
     X(NF_E_OVERLAP, -13, "memory to be written overlaps other memory of the call") \
     X(NF_E_PROJECTION, -14, "this is not a projection of this contract, or it was never initialised") \
     X(NF_E_STATE, -15, \
-      "this state is of another contract, projection, scale, decay, pattern or number of units, or was never reset") \
+      "this state is of another contract, projection, scale, eps, decay, pattern or number of units, or was never " \
+      "reset") \
     X(NF_E_PATTERN, -16, \
       "the pattern is empty, or has what this call does not take: lists with a state; dilation or blocks in hybrid") \
     X(NF_E_VALUE, -17, \
@@ -213,7 +214,7 @@ typedef struct nf_state_head {
 } nf_state_head;
 
 typedef struct nf_state_unit {
-    uint64_t hash;  /* of projection, scale, decay and pattern */
+    uint64_t hash;  /* of projection, scale, eps, decay and pattern */
     int64_t tokens; /* tokens seen so far */
     float decay;    /* of linear */
     float mass;     /* trig: sum_j 2^(l_j - R), l_j the exponent that all features of key j share */

@@ -318,7 +318,8 @@ static void nf_projection_finish(const nf_projection_shape *shape, void *project
     head->magic = NF_MAGIC_PROJECTION;
     head->abi = NF_CORE_ABI;
     head->contract = shape->contract;
-    head->calibrated = calibration != NULL;
+    /* without a sample and tempering, it only says how w was drawn */
+    head->calibrated = calibration && (calibration->q || (calibration->tau > 0 && calibration->tau < 1));
     head->hash = nf_hash(shape->contract, p.w, rows * dim * sizeof(float));
     head->hash = nf_hash(head->hash, p.fit, NF_FIT_ROWS * dim * sizeof(float));
     head->hash = nf_hash(head->hash, p.constant, sizeof(float));
