@@ -326,6 +326,8 @@ static void error_at(const way *w, int64_t tokens, double norm)
     subject s = subject_new(w->kernel, w->variant, &a);
     measure_text t = line_new("error", w->kernel, w->variant);
     double row = 0, length = 0;
+    oracle_positive(w->kernel->map, data.q, tokens * HEADS * d);
+    oracle_positive(w->kernel->map, data.k, tokens * HEADS * d);
     run_launches(&s, 1);
     for (int h = 0; h < HEADS; h++) {
         const oracle_head head = kernel_head(w->kernel, tokens, HEADS, HEADS, h, data.q, data.k, data.v, w->w);

@@ -160,10 +160,8 @@ static exam *exam_new(const kernel *k, uint64_t seed)
         e->v[i] = kernel_floats(EXAM_TOKENS * k->d);
         oracle_inputs(questions[i].kind, questions[i].norm, 0, seed + (uint64_t)i, k->d, EXAM_TOKENS * EXAM_HEADS,
                       EXAM_TOKENS, e->q[i], e->k[i], e->v[i]);
-        for (int n = 0; n < EXAM_TOKENS * EXAM_HEADS * k->d && k->map == ORACLE_IDENTITY; n++) {
-            e->q[i][n] = fabsf(e->q[i][n]); /* features: sums of signed weights divide badly */
-            e->k[i][n / EXAM_HEADS] = fabsf(e->k[i][n / EXAM_HEADS]);
-        }
+        oracle_positive(k->map, e->q[i], EXAM_TOKENS * EXAM_HEADS * k->d);
+        oracle_positive(k->map, e->k[i], EXAM_TOKENS * k->d);
         head = kernel_head(k, EXAM_TOKENS, 1, 1, 0, e->q[i], e->k[i], e->v[i], NULL);
         e->v_norm[i] = oracle_v_norm(&head);
         e->causal[i] = exam_solve(e, i, EXAM_TOKENS, 0);
