@@ -195,11 +195,14 @@ static double near_keys(const kernel *k, int64_t tokens)
 /* GEMM flops per token and head. */
 static double flops(const kernel *k, const char *suffix, int64_t tokens)
 {
-    const double d = k->d, m = k->op != LINEAR ? k->m : k->map == ORACLE_TAYLOR2 ? 1 + d + d * (d + 1) / 2 : d;
-    const double t = kernel_chunk(suffix) / 2.0, far = 4 * k->rows * d + 4 * m * d;
+    const double d = k->d, v = k->v,
+                 m = k->op != LINEAR            ? k->m
+                     : k->map == ORACLE_TAYLOR2 ? 1 + d + d * (d + 1) / 2
+                                                : d;
+    const double t = kernel_chunk(suffix) / 2.0, far = 4 * k->rows * d + 4 * m * v;
     if (k->op == LINEAR)
-        return kernel_full_only(k) ? far : far + 4 * t * d;
-    return k->op == FAVOR ? far + 2 * t * (m + d) : far + 4 * d * near_keys(k, tokens);
+        return kernel_full_only(k) ? far : far + 2 * t * (d + v);
+    return k->op == FAVOR ? far + 2 * t * (m + v) : far + 4 * d * near_keys(k, tokens);
 }
 
 /* Nanoseconds per unit: the fastest sample and the median. */
@@ -261,28 +264,6 @@ static int ways(way *list)
     return n;
 }
 
-/* ---- arrays ---------------------------------------------------------------------------------------------------- */
-
-typedef struct arrays {
-    float *q, *k, *v, *out;
-} arrays;
-
-static arrays arrays_new(int64_t q_rows, int64_t kv_rows, int d, double norm)
-{
-    arrays a = {kernel_floats(q_rows * d), kernel_floats(kv_rows * d), kernel_floats(kv_rows * d),
-                kernel_floats(q_rows * d)};
-    oracle_inputs(ORACLE_CONSTANT, norm, 0, 5, d, q_rows, kv_rows, a.q, a.k, a.v);
-    return a;
-}
-
-static void arrays_free(arrays *a)
-{
-    free(a->q);
-    free(a->k);
-    free(a->v);
-    free(a->out);
-}
-
 /* ---- speed ----------------------------------------------------------------------------------------------------- */
 
 /* Every way at one length; heads so many that all lengths up to 4096 do about the same work. */
@@ -295,8 +276,9 @@ static void speed_at(const way *list, int count, int64_t tokens)
     for (int i = 0; i < count; i++) {
         const way *w = &list[i];
         nf_args a;
-        data[i] = arrays_new(tokens * heads, tokens * heads, w->kernel->d, 3);
-        a = kernel_args(w->kernel, 1, tokens, heads, data[i].q, data[i].k, data[i].v, data[i].out, w->projection);
+        data[i] = arrays_new(w->kernel, ORACLE_CONSTANT, tokens * heads, tokens * heads, 3, 5);
+        a = kernel_args(w->kernel, 1, tokens, heads, data[i].of_q, data[i].of_k, data[i].of_v, data[i].of_out,
+                        w->projection);
         s[i] = subject_new(w->kernel, w->variant, &a);
     }
     measure_all(s, count, possible);
@@ -319,21 +301,22 @@ static void speed_at(const way *list, int count, int64_t tokens)
 static void error_at(const way *w, int64_t tokens, double norm)
 {
     enum { HEADS = 2 };
-    const int d = w->kernel->d;
-    arrays data = arrays_new(tokens * HEADS, tokens * HEADS, d, norm);
-    const nf_args a = kernel_args(w->kernel, 1, tokens, HEADS, data.q, data.k, data.v, data.out, w->projection);
+    const int d = w->kernel->v;
+    float *out;
+    arrays data = arrays_new(w->kernel, ORACLE_CONSTANT, tokens * HEADS, tokens * HEADS, norm, 5);
+    const nf_args a =
+        kernel_args(w->kernel, 1, tokens, HEADS, data.of_q, data.of_k, data.of_v, data.of_out, w->projection);
     double *ref = oracle_doubles((size_t)(tokens * d));
     subject s = subject_new(w->kernel, w->variant, &a);
     measure_text t = line_new("error", w->kernel, w->variant);
     double row = 0, length = 0;
-    oracle_positive(w->kernel->map, data.q, tokens * HEADS * d);
-    oracle_positive(w->kernel->map, data.k, tokens * HEADS * d);
     run_launches(&s, 1);
+    out = kernel_unpack(w->kernel, data.of_out, tokens * HEADS * d);
     for (int h = 0; h < HEADS; h++) {
         const oracle_head head = kernel_head(w->kernel, tokens, HEADS, HEADS, h, data.q, data.k, data.v, w->w);
         oracle_error e;
         kernel_oracle(w->kernel, &w->kernel->pattern, &head, ref, NULL);
-        e = oracle_compare(data.out + h * d, HEADS * d, ref, tokens, d);
+        e = oracle_compare(out + h * d, HEADS * d, ref, tokens, d);
         row = fmax(row, e.row);
         length = fmax(length, e.length / oracle_v_norm(&head));
     }
@@ -344,6 +327,7 @@ static void error_at(const way *w, int64_t tokens, double norm)
     line_end(&t);
     subject_free(&s);
     arrays_free(&data);
+    free(out);
     free(ref);
 }
 
@@ -352,8 +336,8 @@ static void error_at(const way *w, int64_t tokens, double norm)
 /* With a state: one token against one that has seen some; it goes on growing, its size does not. */
 static subject decode_state(const way *w, arrays *data)
 {
-    nf_args a =
-        kernel_args(w->kernel, 1, DECODE_BEFORE, DECODE_HEADS, data->q, data->k, data->v, data->out, w->projection);
+    nf_args a = kernel_args(w->kernel, 1, DECODE_BEFORE, DECODE_HEADS, data->of_q, data->of_k, data->of_v, data->of_out,
+                            w->projection);
     subject s = subject_new(w->kernel, w->variant, &a);
     s.args.state = kernel_memory(w->kernel->state_bytes(&a));
     if (w->kernel->state_reset(&s.args) != NF_OK)
@@ -369,7 +353,7 @@ static subject decode_state(const way *w, arrays *data)
 static subject decode_cache(const way *w, arrays *data, int64_t cached)
 {
     const int64_t d = w->kernel->d;
-    nf_args a = kernel_args(w->kernel, 1, 1, DECODE_HEADS, data->q, data->k, data->v, data->out, NULL);
+    nf_args a = kernel_args(w->kernel, 1, 1, DECODE_HEADS, data->of_q, data->of_k, data->of_v, data->of_out, NULL);
     a.kv_tokens = cached;
     a.k.token_stride = a.v.token_stride = d;
     a.k.head_stride = a.v.head_stride = cached * d;
@@ -392,7 +376,8 @@ static void decode(const way *list, int count)
              c < (kernel_stateful(list[i].kernel) ? 1 : opt.caches) && n < MAX_SUBJECTS; c++, n++) {
             const int64_t cached = kernel_stateful(list[i].kernel) ? DECODE_BEFORE : opt.cached[c];
             of[n] = &list[i];
-            data[n] = arrays_new(DECODE_BEFORE * DECODE_HEADS, cached * DECODE_HEADS, list[i].kernel->d, 3);
+            data[n] =
+                arrays_new(list[i].kernel, ORACLE_CONSTANT, DECODE_BEFORE * DECODE_HEADS, cached * DECODE_HEADS, 3, 5);
             s[n] = kernel_stateful(list[i].kernel) ? decode_state(&list[i], &data[n])
                                                    : decode_cache(&list[i], &data[n], cached);
         }
@@ -415,18 +400,18 @@ static void decode(const way *list, int count)
 static void backward(const way *w)
 {
     enum { TOKENS = 4096 };
-    const int d = w->kernel->d;
-    arrays data = arrays_new(TOKENS, TOKENS, d, 3), by = arrays_new(TOKENS, TOKENS, d, 3);
-    nf_args a = kernel_args(w->kernel, 1, TOKENS, 1, data.q, data.k, data.v, data.out, w->projection);
+    arrays data = arrays_new(w->kernel, ORACLE_CONSTANT, TOKENS, TOKENS, 3, 5);
+    arrays by = arrays_new(w->kernel, ORACLE_CONSTANT, TOKENS, TOKENS, 3, 5);
+    nf_args a = kernel_args(w->kernel, 1, TOKENS, 1, data.of_q, data.of_k, data.of_v, data.of_out, w->projection);
     subject s[2];
     nf_grads g;
     double possible[2], fastest[2];
     measure_text t = line_new("backward", w->kernel, w->variant);
     memset(&g, 0, sizeof g);
     a.lse = kernel_floats(TOKENS);
-    g.out.data = data.out, g.lse = a.lse;
-    g.dout.data = by.v;
-    g.dq.data = by.q, g.dk.data = by.k, g.dv.data = by.out;
+    g.out.data = data.of_out, g.lse = a.lse;
+    g.dout.data = by.of_v;
+    g.dq.data = by.of_q, g.dk.data = by.of_k, g.dv.data = by.of_out;
     for (int i = 0; i < 2; i++)
         s[i] = subject_new(w->kernel, w->variant, &a);
     run_launches(&s[0], 1);
@@ -600,8 +585,8 @@ static void patterns(const way *w)
     for (int i = 0; i < count; i++) {
         const pattern_case *c = &pattern_cases[i];
         nf_args a;
-        data[i] = arrays_new(c->tokens, c->tokens, d, 3);
-        a = kernel_args(w->kernel, 1, c->tokens, 1, data[i].q, data[i].k, data[i].v, data[i].out, NULL);
+        data[i] = arrays_new(w->kernel, ORACLE_CONSTANT, c->tokens, c->tokens, 3, 5);
+        a = kernel_args(w->kernel, 1, c->tokens, 1, data[i].of_q, data[i].of_k, data[i].of_v, data[i].of_out, NULL);
         memset(&pattern[i], 0, sizeof pattern[i]);
         pattern[i].window = c->window;
         pattern[i].globals = c->globals;
@@ -655,13 +640,14 @@ static void patterns(const way *w)
 static void splits(const way *w)
 {
     const int64_t rows = opt.split_tokens * SPLIT_HEADS;
-    arrays data[2] = {arrays_new(rows, rows, w->kernel->d, 3), arrays_new(rows, rows, w->kernel->d, 3)};
+    arrays data[2] = {arrays_new(w->kernel, ORACLE_CONSTANT, rows, rows, 3, 5),
+                      arrays_new(w->kernel, ORACLE_CONSTANT, rows, rows, 3, 5)};
     subject s[2];
     double possible[2], one, two;
     measure_text t = line_new("splits", w->kernel, w->variant);
     for (int i = 0; i < 2; i++) {
-        const nf_args a = kernel_args(w->kernel, 1, opt.split_tokens, SPLIT_HEADS, data[i].q, data[i].k, data[i].v,
-                                      data[i].out, w->projection);
+        const nf_args a = kernel_args(w->kernel, 1, opt.split_tokens, SPLIT_HEADS, data[i].of_q, data[i].of_k,
+                                      data[i].of_v, data[i].of_out, w->projection);
         s[i] = subject_new(w->kernel, w->variant, &a);
         s[i].threads = i + 1;
         s[i].clock = measure_now;
@@ -808,29 +794,37 @@ static double input_fit(const way *w, const input *in, int mask, int fit, double
 {
     enum { SEEDS = 3 };
     const kernel *k = w->kernel;
-    float *out = kernel_floats(in->batch * in->tokens * in->heads * in->dim);
+    const int64_t count = in->batch * in->tokens * in->heads * in->dim;
+    void *q = kernel_copy(k, in->q, count), *key = kernel_copy(k, in->k, count), *v = kernel_copy(k, in->v, count);
+    void *of_out = kernel_memory((size_t)count * kernel_element(k));
     double sum = 0, largest = 0;
     for (uint64_t seed = 1; seed <= SEEDS; seed++) {
         char *projections = k->m ? input_projections(k, in, seed, fit) : NULL;
-        nf_args a = kernel_args(k, in->batch, in->tokens, in->heads, in->q, in->k, in->v, out, projections);
+        nf_args a = kernel_args(k, in->batch, in->tokens, in->heads, q, key, v, of_out, projections);
         subject s;
+        float *out;
         a.projection_stride = k->m ? k->projection_bytes() : 0;
         a.mask = kernel_full_only(k) ? NF_FULL : mask;
         s = subject_new(k, w->variant, &a);
         run_launches(&s, 1);
+        out = kernel_unpack(k, of_out, count);
         sum += input_error(in, out, mask, worst);
         largest = fmax(largest, *worst);
         subject_free(&s);
         free(projections);
+        free(out);
     }
     *worst = largest;
-    free(out);
+    free(q);
+    free(key);
+    free(v);
+    free(of_out);
     return sum / SEEDS;
 }
 
 static void real_input(const way *w, input *in, const char *name)
 {
-    if (in->dim != w->kernel->d)
+    if (in->dim != w->kernel->d || in->dim != w->kernel->v)
         return;
     input_solve(w->kernel, in);
     for (int mask = 0; mask < 2; mask++) {
@@ -918,6 +912,7 @@ int main(int count, char **words)
     measure_text t = {NULL, 0, 0};
     int n;
     parse(count, words);
+    kernel_request();
     n = ways(list);
     measure_add(&t, "{\"bench\":\"device\",\"device\":");
     measure_device_json(&t, &device);

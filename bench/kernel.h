@@ -1,6 +1,6 @@
 /* The kernels of a tuner or bench program as one table, made from the generated kernels.h, which includes their headers
  * (declarations; each is implemented in a file of its own) and lists
- *     NF_KERNELS(X)       X(kernel, "contract", operator, map, d, m, rows, b)
+ *     NF_KERNELS(X)       X(kernel, "contract", operator, map, dtype, d, v, m, rows, b)
  *     <kernel>_CODES(X)   X("suffix", "hash of the variant's code", 1 for the shipped default of its target)
  *     NF_TOOL             the generator's version
  */
@@ -33,8 +33,9 @@ typedef struct kernel_code {
 typedef struct kernel {
     const char *name, *contract;
     enum { FAVOR, LINEAR, EXACT, SPARSE, HYBRID } op;
-    oracle_map map; /* of linear */
-    int cosh, d, m, rows, b;
+    oracle_map map;
+    enum { F32, BF16, F16 } dtype;
+    int d, v, m, rows, b;
     nf_pattern pattern;       /* what is measured: kernel_args points to it where the operator takes one */
     const kernel_code *codes; /* up to a null suffix */
     nf_status (*forward)(const nf_args *args, void *workspace, size_t bytes);
@@ -49,7 +50,7 @@ typedef struct kernel {
 } kernel;
 
 #define KERNEL_CODE(suffix, code, is_default) {suffix, code, is_default},
-#define KERNEL_CODES(K, contract, op, map, d, m, rows, b) \
+#define KERNEL_CODES(K, contract, op, map, dtype, d, v, m, rows, b) \
     static const kernel_code K##_codes[] = {K##_CODES(KERNEL_CODE){NULL, NULL, 0}};
 NF_KERNELS(KERNEL_CODES)
 
@@ -58,22 +59,22 @@ NF_KERNELS(KERNEL_CODES)
 #define KERNEL_IS_exact EXACT
 #define KERNEL_IS_sparse SPARSE
 #define KERNEL_IS_hybrid HYBRID
-#define KERNEL_IS_cosh 1
-#define KERNEL_IS_exp 0
-#define KERNEL_IS_none 0
-#define KERNEL_IS_elu 0
-#define KERNEL_IS_relu 0
-#define KERNEL_IS_identity 0
-#define KERNEL_IS_taylor2 0
-#define KERNEL_IS_softmaxqk 0
-#define KERNEL_MAP_cosh ORACLE_SOFTMAX
-#define KERNEL_MAP_exp ORACLE_SOFTMAX
-#define KERNEL_MAP_none ORACLE_SOFTMAX
-#define KERNEL_MAP_elu ORACLE_ELU
-#define KERNEL_MAP_relu ORACLE_RELU
-#define KERNEL_MAP_identity ORACLE_IDENTITY
-#define KERNEL_MAP_taylor2 ORACLE_TAYLOR2
-#define KERNEL_MAP_softmaxqk ORACLE_SOFTMAXQK
+#define KERNEL_IS_f32 F32
+#define KERNEL_IS_bf16 BF16
+#define KERNEL_IS_f16 F16
+#define KERNEL_MAP_favor_cosh ORACLE_COSH
+#define KERNEL_MAP_favor_exp ORACLE_EXP
+#define KERNEL_MAP_favor_trig ORACLE_TRIG
+#define KERNEL_MAP_favor_relu ORACLE_RELU
+#define KERNEL_MAP_hybrid_cosh ORACLE_COSH
+#define KERNEL_MAP_hybrid_exp ORACLE_EXP
+#define KERNEL_MAP_exact_none ORACLE_EXP
+#define KERNEL_MAP_sparse_none ORACLE_EXP
+#define KERNEL_MAP_linear_elu ORACLE_ELU
+#define KERNEL_MAP_linear_relu ORACLE_LINEAR_RELU
+#define KERNEL_MAP_linear_identity ORACLE_IDENTITY
+#define KERNEL_MAP_linear_taylor2 ORACLE_TAYLOR2
+#define KERNEL_MAP_linear_softmaxqk ORACLE_SOFTMAXQK
 #define KERNEL_PROJECTION_favor(K) K##_projection_bytes, K##_projection_init, K##_projection_read
 #define KERNEL_PROJECTION_hybrid(K) KERNEL_PROJECTION_favor(K)
 #define KERNEL_PROJECTION_linear(K) NULL, NULL, NULL
@@ -85,13 +86,14 @@ NF_KERNELS(KERNEL_CODES)
 #define KERNEL_WINDOW_exact(b) 0
 #define KERNEL_WINDOW_sparse(b) 512
 #define KERNEL_WINDOW_hybrid(b) b
-#define KERNEL_ROW(K, contract, op, map, d, m, rows, b) \
+#define KERNEL_ROW(K, contract, op, map, dtype, d, v, m, rows, b) \
     {#K, \
      contract, \
      KERNEL_IS_##op, \
-     KERNEL_MAP_##map, \
-     KERNEL_IS_##map, \
+     KERNEL_MAP_##op##_##map, \
+     KERNEL_IS_##dtype, \
      d, \
+     v, \
      m, \
      rows, \
      b, \
@@ -141,6 +143,14 @@ static inline int kernel_default(const kernel *k)
     return -1;
 }
 
+/* Ask for what some targets need before they count as supported. */
+static inline void kernel_request(void)
+{
+#ifdef NF_REQUEST_READY
+    nf_amx_request();
+#endif
+}
+
 /* Memory aligned as workspaces, projections and states must be. */
 static inline void *kernel_memory(size_t bytes)
 {
@@ -153,6 +163,101 @@ static inline void *kernel_memory(size_t bytes)
 static inline float *kernel_floats(int64_t count)
 {
     return (float *)kernel_memory((size_t)count * sizeof(float));
+}
+
+/* Bytes of an element of the kernel's tensors. */
+static inline size_t kernel_element(const kernel *k)
+{
+    return k->dtype == F32 ? sizeof(float) : sizeof(uint16_t);
+}
+
+/* Element i of a tensor. */
+static inline float kernel_value(const kernel *k, const void *data, int64_t i)
+{
+    return k->dtype == F32 ? ((const float *)data)[i] : oracle_half_value(k->dtype == F16, ((const uint16_t *)data)[i]);
+}
+
+/* Floats as a tensor of the kernel; they become what it holds. */
+static inline void *kernel_tensor(const kernel *k, float *x, int64_t count)
+{
+    uint16_t *data = (uint16_t *)kernel_memory((size_t)count * kernel_element(k));
+    if (k->dtype == F32)
+        memcpy(data, x, (size_t)count * sizeof(float));
+    for (int64_t i = 0; i < count && k->dtype != F32; i++) {
+        data[i] = oracle_half_of(k->dtype == F16, x[i]);
+        x[i] = oracle_half_value(k->dtype == F16, data[i]);
+    }
+    return data;
+}
+
+static inline void *kernel_copy(const kernel *k, const float *x, int64_t count)
+{
+    float *same = kernel_floats(count);
+    void *data;
+    memcpy(same, x, (size_t)count * sizeof(float));
+    data = kernel_tensor(k, same, count);
+    free(same);
+    return data;
+}
+
+/* Inputs of the oracle, values as wide as the kernel's. */
+static inline void kernel_inputs(const kernel *k, oracle_kind kind, double norm, uint64_t seed, int64_t q_rows,
+                                 int64_t kv_rows, float *q, float *key, float *v)
+{
+    float *as_wide = k->v == k->d ? v : kernel_floats(kv_rows * k->d);
+    oracle_random random = {seed};
+    oracle_inputs(kind, norm, 0, seed, k->d, q_rows, kv_rows, q, key, as_wide);
+    oracle_positive(k->map, q, q_rows * k->d);
+    oracle_positive(k->map, key, kv_rows * k->d);
+    if (as_wide == v)
+        return;
+    for (int64_t j = 0; j < kv_rows; j++)
+        oracle_vector(&random, v + j * k->v, k->v, -sqrt((double)k->v));
+    free(as_wide);
+}
+
+/* The inputs of a call, dense, and room for its output. */
+typedef struct arrays {
+    float *q, *k, *v;                  /* what the tensors hold */
+    void *of_q, *of_k, *of_v, *of_out; /* the tensors */
+} arrays;
+
+static inline arrays arrays_new(const kernel *k, oracle_kind kind, int64_t q_rows, int64_t kv_rows, double norm,
+                                uint64_t seed)
+{
+    arrays a = {kernel_floats(q_rows * k->d),
+                kernel_floats(kv_rows * k->d),
+                kernel_floats(kv_rows * k->v),
+                NULL,
+                NULL,
+                NULL,
+                NULL};
+    kernel_inputs(k, kind, norm, seed, q_rows, kv_rows, a.q, a.k, a.v);
+    a.of_q = kernel_tensor(k, a.q, q_rows * k->d);
+    a.of_k = kernel_tensor(k, a.k, kv_rows * k->d);
+    a.of_v = kernel_tensor(k, a.v, kv_rows * k->v);
+    a.of_out = kernel_memory((size_t)(q_rows * k->v) * kernel_element(k));
+    return a;
+}
+
+static inline void arrays_free(arrays *a)
+{
+    free(a->q);
+    free(a->k);
+    free(a->v);
+    free(a->of_q);
+    free(a->of_k);
+    free(a->of_v);
+    free(a->of_out);
+}
+
+/* The floats of a tensor. */
+static inline float *kernel_unpack(const kernel *k, const void *data, int64_t count)
+{
+    float *x = kernel_floats(count);
+    for (int64_t i = 0; i < count; i++)
+        x[i] = kernel_value(k, data, i);
+    return x;
 }
 
 /* A projection of the kernel from a seed, or NULL where it has none; *w becomes its effective matrix. */
@@ -182,8 +287,8 @@ static inline int kernel_stateful(const kernel *k)
 }
 
 /* Dense arguments for `tokens` tokens. */
-static inline nf_args kernel_args(const kernel *kernel, int64_t batch, int64_t tokens, int64_t heads, const float *q,
-                                  const float *k, const float *v, float *out, const void *projection)
+static inline nf_args kernel_args(const kernel *kernel, int64_t batch, int64_t tokens, int64_t heads, const void *q,
+                                  const void *k, const void *v, void *out, const void *projection)
 {
     nf_args a;
     memset(&a, 0, sizeof a);
@@ -210,15 +315,17 @@ static inline oracle_head kernel_head(const kernel *k, int64_t tokens, int64_t h
     h.q_tokens = h.kv_tokens = tokens;
     h.dim = k->d;
     h.q_stride = heads * k->d;
-    h.k_stride = h.v_stride = kv_heads * k->d;
+    h.values = k->v;
+    h.k_stride = kv_heads * k->d;
+    h.v_stride = kv_heads * k->v;
     h.q = q + head * k->d;
     h.k = key + kv_head * k->d;
-    h.v = v + kv_head * k->d;
+    h.v = v + kv_head * k->v;
     h.w = w;
     h.rows = k->rows;
-    h.cosh = k->cosh;
     h.map = k->map;
     h.full = kernel_full_only(k);
+    h.eps = (double)1e-3f; /* the default of favor's relu */
     return h;
 }
 

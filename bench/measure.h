@@ -141,7 +141,7 @@ __attribute__((noinline)) static int measure_chains_c(float seed, float *sink)
 MEASURE_FN int measure_has(const char *target)
 {
 #if defined(MEASURE_X86)
-    if (strcmp(target, "avx512") == 0)
+    if (strcmp(target, "avx512") == 0 || strcmp(target, "amx") == 0) /* amx is held against floats */
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
     if (strcmp(target, "avx2") == 0)
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -172,7 +172,7 @@ MEASURE_FN double measure_peak(const char *target)
     double seconds;
     int lanes;
 #if defined(MEASURE_X86)
-    if (strcmp(target, "avx512") == 0 && measure_has(target))
+    if ((strcmp(target, "avx512") == 0 || strcmp(target, "amx") == 0) && measure_has(target))
         lanes = measure_chains_avx512(1.37f, sink);
     else if (strcmp(target, "avx2") == 0 && measure_has(target))
         lanes = measure_chains_avx2(1.37f, sink);

@@ -66,38 +66,34 @@ typedef struct load {
     int64_t tokens;
     int sets;
     nf_args *args;
+    arrays *data;
 } load;
 
 static load load_new(const kernel *k, int64_t tokens, const void *projection, long l2)
 {
-    const int64_t rows = opt.batch * tokens * opt.heads, count = rows * k->d;
-    const double bytes = 4.0 * (double)count * sizeof(float), cache = 2.0 * (double)(l2 > 0 ? l2 : 2097152);
-    load l = {tokens, opt.warm ? 1 : 1 + (int)(cache / bytes + 1), NULL};
+    const int64_t rows = opt.batch * tokens * opt.heads;
+    const double bytes = 2.0 * (double)(rows * (k->d + k->v)) * (double)kernel_element(k),
+                 cache = 2.0 * (double)(l2 > 0 ? l2 : 2097152);
+    load l = {tokens, opt.warm ? 1 : 1 + (int)(cache / bytes + 1), NULL, NULL};
     if (l.sets > 1 && l.sets * bytes > 67108864.0)
         l.sets = bytes > 33554432.0 ? 1 : 2;
     l.args = (nf_args *)calloc((size_t)l.sets, sizeof *l.args);
-    for (int i = 0; l.args && i < l.sets; i++) {
-        float *q = kernel_floats(count), *key = kernel_floats(count), *v = kernel_floats(count);
-        oracle_inputs(ORACLE_GAUSS, 3, 0, opt.seed + 77u + (uint64_t)i, k->d, rows, rows, q, key, v);
-        l.args[i] = kernel_args(k, opt.batch, tokens, opt.heads, q, key, v, kernel_floats(count), projection);
-    }
-    if (!l.args)
+    l.data = (arrays *)calloc((size_t)l.sets, sizeof *l.data);
+    if (!l.args || !l.data)
         fail("out of memory");
+    for (int i = 0; i < l.sets; i++) {
+        l.data[i] = arrays_new(k, ORACLE_GAUSS, rows, rows, 3, opt.seed + 77u + (uint64_t)i);
+        l.args[i] = kernel_args(k, opt.batch, tokens, opt.heads, l.data[i].of_q, l.data[i].of_k, l.data[i].of_v,
+                                l.data[i].of_out, projection);
+    }
     return l;
 }
 
 static void load_free(load *l)
 {
-    for (int i = 0; i < l->sets; i++) {
-        union {
-            const void *in;
-            void *out;
-        } q = {l->args[i].q.data}, k = {l->args[i].k.data}, v = {l->args[i].v.data};
-        free(q.out);
-        free(k.out);
-        free(v.out);
-        free(l->args[i].out.data);
-    }
+    for (int i = 0; i < l->sets; i++)
+        arrays_free(&l->data[i]);
+    free(l->data);
     free(l->args);
 }
 
@@ -106,7 +102,8 @@ typedef struct runner {
     const nf_variant *variant;
     void *workspace;
     size_t bytes;
-    int dim, next;
+    size_t row; /* bytes of a row of the output */
+    int next;
     nf_status status;
 } runner;
 
@@ -133,7 +130,7 @@ static double run_launches(runner *r, int launches)
  * sample. */
 static double run_warm(runner *r)
 {
-    const size_t bytes = (size_t)(opt.batch * opt.heads * r->load->tokens * r->dim) * sizeof(float);
+    const size_t bytes = (size_t)(opt.batch * opt.heads * r->load->tokens) * r->row;
     const double start = measure_now();
     double best = 1e300;
     for (int i = 0; i < r->load->sets; i++)
@@ -196,7 +193,9 @@ static void child_sample(runner *r, const request *wanted, reply *answer)
 /* The child's life: obey until the parent hangs up. The alarm ends it should the parent be gone while it hangs. */
 __attribute__((noreturn)) static void child_main(const race *r, const candidate *c, int from, int to)
 {
-    runner run = {&r->load, c->variant, NULL, r->kernel->workspace(NULL), r->kernel->d, 0, NF_OK};
+    runner run = {
+        &r->load, c->variant, NULL, r->kernel->workspace(NULL), (size_t)r->kernel->v * kernel_element(r->kernel),
+        0,        NF_OK};
     request wanted;
     signal(SIGINT, SIG_IGN);
     signal(SIGTERM, SIG_DFL);
@@ -892,6 +891,7 @@ int main(int count, char **words)
     const measure_device device = measure_describe();
     int steps = 0, good = 1;
     parse(count, words);
+    kernel_request();
     catch_signals();
     for (int i = 0; i < KERNELS; i++)
         steps += selected(&kernel_table[i]);

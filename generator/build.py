@@ -63,9 +63,8 @@ def kernels(recipes: list[Recipe]) -> str:
     rows = []
     for recipe in recipes:
         c = recipe.contract
-        rows.append(
-            f'    X({recipe.kernel}, "{c.name}", {c.operator}, {c.map or "none"}, {c.d}, {c.m}, {c.rows}, {c.b})'
-        )
+        words = [f'"{c.name}"', c.operator, c.map or "none", c.dtype, c.d, c.values, c.m, c.rows, c.b]
+        rows.append(f"    X({recipe.kernel}, {', '.join(map(str, words))})")
     lines += [" \\\n".join(rows)]
     for recipe in recipes:
         lines += ["", f"#define {recipe.kernel}_CODES(X) \\", " \\\n".join(codes(recipe))]

@@ -46,18 +46,24 @@ class Operator:
 
 D = Number("d", "head dim", "a multiple of 8 from 8 to 256", tuple(range(8, 257, 8)))
 V = Number("v", "value dim, if not the head dim", "a multiple of 8 from 8 to 256", D.values, optional=True)
-M = Number("m", "features (cosh: both signs counted)", "8, or a multiple of 16 up to 1024", (8, *range(16, 1025, 16)))
+M = Number(
+    "m",
+    "features (cosh: both signs; trig: sine and cosine)",
+    "8, or a multiple of 16 up to 1024",
+    (8, *range(16, 1025, 16)),
+)
 
 B = Number("b", "block of tokens", "a multiple of 16 from 16 to 512", tuple(range(16, 513, 16)))
 
 DTYPES = ("f32", "bf16", "f16")
-MAPS = ("elu", "relu", "identity", "taylor2", "softmaxqk")
+FAVOR_MAPS = ("cosh", "exp", "trig", "relu")
+LINEAR_MAPS = ("elu", "relu", "identity", "taylor2", "softmaxqk")
 TAYLOR_LIMIT = 32  # taylor2 makes about d*d/2 features
 
 # The schema. A new operator is one entry here, one in space.py and its templates.
 OPERATORS = {
-    "favor": Operator("softmax attention estimated by positive random features", ("cosh", "exp"), DTYPES, (D, V, M)),
-    "linear": Operator("linear attention: a map without randomness, or ready features", MAPS, DTYPES, (D, V)),
+    "favor": Operator("softmax attention estimated by random features", FAVOR_MAPS, DTYPES, (D, V, M)),
+    "linear": Operator("linear attention: a map without randomness, or ready features", LINEAR_MAPS, DTYPES, (D, V)),
     "exact": Operator("softmax attention, the exact baseline", (), ("f32",), (D,)),
     "sparse": Operator("softmax attention over a pattern: window, globals, blocks", (), ("f32",), (D, B)),
     "hybrid": Operator("exact near by, random features far away, one sum", ("cosh", "exp"), ("f32",), (D, M, B)),
@@ -88,7 +94,7 @@ class Contract:
 
     @property
     def features(self) -> int:
-        """Features of a token in the far field, 0 without one; of taylor2 1, x and products, rounded up to 8."""
+        """Features of a token in the far field, or 0: of taylor2 1, x and the products of two, rounded up to 8."""
         if self.operator != "linear":
             return self.m
         return (1 + self.d + self.d * (self.d + 1) // 2 + 7) // 8 * 8 if self.map == "taylor2" else self.d
@@ -100,8 +106,25 @@ class Contract:
 
     @property
     def rows(self) -> int:
-        """Rows of the projection matrix: a row of cosh serves both signs."""
-        return self.m // 2 if self.map == "cosh" else self.m
+        """Rows of the projection matrix: a row of cosh serves both signs, one of trig sine and cosine."""
+        return self.m // 2 if self.map in ("cosh", "trig") else self.m
+
+    @property
+    def exponential(self) -> bool:
+        """Features that are exponentials of the projections: each has a reference of its own."""
+        return self.map in ("cosh", "exp")
+
+    @property
+    def terms(self) -> int:
+        """What the kernel is the mean of: features, of trig pairs of them."""
+        return self.rows if self.map == "trig" else self.m
+
+    @property
+    def eps(self) -> str:
+        """What args->eps may be, as args.h has it."""
+        if not self.m:
+            return "IGNORED"
+        return {"exp": "FULL", "relu": "ALWAYS"}.get(self.map, "NONE") if self.operator == "favor" else "NONE"
 
     @property
     def hash(self) -> int:

@@ -235,6 +235,20 @@ def aligned(count: int) -> Any:
     return room[start : start + count]
 
 
+def contiguous(*arrays: Any) -> list[Any]:
+    import numpy as np
+
+    return [np.ascontiguousarray(a) for a in arrays]
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Projections of all heads, one behind the other."""
+
+    memory: Any
+    stride: int
+
+
 @dataclass
 class Kernel:
     """One generated header, compiled into the library."""
@@ -247,32 +261,38 @@ class Kernel:
         function.restype = result
         return function
 
-    def projections(self, q: Any, k: Any, seed: int, fit: str) -> tuple[Any, int]:
-        """One projection per head, fitted to the first half of the tokens, and the stride between them."""
-        tokens, heads, d = q.shape
+    def projections(
+        self, case: Case, seed: int, fit: bool = False, tau: float = 0.0, flags: int = 0, matrices: Any = None
+    ) -> Projections:
+        """One projection per head: sampled, fitted to the first half of the tokens, or of matrices [head, row, dim]."""
+        tokens, heads, d = case.q.shape
+        q, k = contiguous(case.q, case.k)
         stride = int(self.entry("projection_bytes", ctypes.c_size_t)())
         memory = aligned(heads * stride)
         for h in range(heads):
-            half, step = tokens // 2, heads * d
-            sample = Calibration(q[:, h].ctypes.data, k[:, h].ctypes.data, half, half, step, step, 0.0, 0)
             at = ctypes.c_void_p(memory.ctypes.data + h * stride)
-            fitted = ctypes.byref(sample) if fit != "plain" else None
-            self.must(self.entry("projection_init")(at, ctypes.c_uint64(seed), fitted))
-        return memory, stride
+            if matrices is not None:
+                self.must(self.entry("projection_from")(at, ctypes.c_void_p(matrices[h].ctypes.data), 0))
+                continue
+            how = Calibration(tau=tau, flags=flags)
+            if fit:
+                half, step = tokens // 2, heads * d
+                how = Calibration(q[:, h].ctypes.data, k[:, h].ctypes.data, half, half, step, step, tau, flags)
+            self.must(self.entry("projection_init")(at, ctypes.c_uint64(seed), ctypes.byref(how)))
+        return Projections(memory, stride)
 
-    def attend(self, way: Way, case: Case) -> Any:
-        """out [token, head, dim]."""
+    def attend(self, case: Case, window: int = 0, globals: int = 0, projections: Projections | None = None) -> Any:
+        """out [token, head, dim], causal."""
         import numpy as np
 
-        q, k, v = (np.ascontiguousarray(x) for x in (case.q, case.k, case.v))
+        q, k, v = contiguous(case.q, case.k, case.v)
         tokens, heads, _ = q.shape
         out = np.full_like(q, np.nan)
-        pattern = Pattern(window=way.window, globals=way.globals)
+        pattern = Pattern(window=window, globals=globals)
         args = Args(batch=1, heads=heads, q_tokens=tokens, pattern=ctypes.pointer(pattern))
         args.q.data, args.k.data, args.v.data, args.out.data = (x.ctypes.data for x in (q, k, v, out))
-        if parse(self.name).m:
-            memory, args.projection_stride = self.projections(q, k, case.seed, way.fit)
-            args.projection = memory.ctypes.data
+        if projections:
+            args.projection, args.projection_stride = projections.memory.ctypes.data, projections.stride
         size = int(self.entry("workspace", ctypes.c_size_t)(ctypes.byref(args)))
         space = aligned(size)
         self.must(self.entry("forward")(ctypes.byref(args), ctypes.c_void_p(space.ctypes.data), ctypes.c_size_t(size)))
@@ -307,12 +327,21 @@ def add_commands(commands: Any) -> None:
         "inputs, causal, and compare with exact softmax. Takes about a minute. Written to tuned/.",
         epilog="example: ./nearfar quality; the ways and their cost: generator/quality.py",
     )
+    parser.add_argument(
+        "--projections",
+        action="store_true",
+        help="instead: bias and spread of every way to make a projection (generator/projections.py); a minute more",
+    )
     parser.set_defaults(run=guarded(quality))
 
 
 def quality(args: argparse.Namespace) -> int:
     build.compiler()
     writable(OUTPUT)
+    if args.projections:
+        from . import projections
+
+        return projections.compare()
     with Progress() as progress:
         cases = [*real(), *synthetic()]
         contracts = list(dict.fromkeys(w.contract for case in cases for w in case.ways if w.contract))
@@ -341,7 +370,9 @@ def judge(case: Case, loaded: ctypes.CDLL) -> list[dict[str, Any]]:
     lines = []
     for way in (*case.ways, Way("average")):
         if way.contract:
-            out = Kernel(loaded, way.contract).attend(way, case)
+            kernel = Kernel(loaded, way.contract)
+            made = kernel.projections(case, case.seed, way.fit == "calibrated") if parse(way.contract).m else None
+            out = kernel.attend(case, way.window, way.globals, made)
         elif way.window:
             b = next(parse(w.contract).b for w in case.ways if w.contract.startswith("hybrid"))
             ours = [constant_far_field(way, b, case.q[:, h], case.k[:, h], case.v[:, h]) for h in range(heads)]

@@ -71,8 +71,18 @@ def recipes(args: argparse.Namespace, pick: Callable[[Contract], list[Variant]] 
                 raise UsageError(f"option --variants = {len(variants)} variants: a header ships at most {MAX_SHIPPED}")
         else:
             variants = (pick or (lambda c: default(c, args.backend)))(contract)
+        for variant in variants:
+            check_runs(contract, args.backend, variant)
         made.append(Recipe(contract, args.backend, tuple(variants), prefix))
     return made
+
+
+def check_runs(contract: Contract, backend: str, variant: Variant) -> None:
+    """Has the variant's target a kernel for the contract?"""
+    target = targets(backend)[variant.target]
+    if not target.runs(contract):
+        what = f"{' or '.join(target.operators) or 'any operator'} in {' or '.join(target.dtypes)}"
+        raise UsageError(f"variant '{variant.suffix}': the target {target.name} runs {what}, not {contract.name}")
 
 
 def check_backend(backend: str) -> None:

@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass, replace
 
 from . import UsageError
-from .contract import Contract, shown
+from .contract import DTYPES, Contract, shown
 
 MAX_TUNING = 32  # variants in a tuning header
-MAX_SHIPPED = 4  # variants in a shipped header
+MAX_SHIPPED = 5  # variants in a shipped header
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,28 @@ class Target:
     lanes: int
     registers: int
     needs: str
+    dtypes: tuple[str, ...] = DTYPES
+    operators: tuple[str, ...] = ()  # empty: all
+    exponential: bool = False  # of features that are exponentials only
+
+    def runs(self, contract: Contract) -> bool:
+        """Has it a kernel for this contract?"""
+        known = contract.dtype in self.dtypes and contract.operator in (self.operators or (contract.operator,))
+        return known and (contract.exponential or not self.exponential)
 
 
 # Best first: the order of a header's variants and of the choice at run time.
 TARGETS = {
     "cpu": (
+        Target(
+            "amx",
+            16,
+            8,
+            "Linux on x86-64 with AMX-BF16 and AVX512-BF16, and nf_amx_request()",
+            ("bf16",),
+            ("favor",),
+            True,
+        ),
         Target("avx512", 16, 32, "x86-64 with AVX-512F and DQ"),
         Target("avx2", 8, 16, "x86-64 with AVX2 and FMA"),
         Target("neon", 4, 32, "64-bit Arm"),
@@ -58,6 +75,7 @@ class Variant:
 # The tuning space: the register tiles of each target and the tokens per chunk that go with each (for exact: tokens of a
 # query block and of a key block). The first of a target is its default.
 CPU: dict[str, dict[str, tuple[int, ...]]] = {
+    "amx": {"32x2": (64, 128, 256)},  # two rows of two tiles
     "avx512": {"8x2": (32, 64, 128), "12x2": (96,), "8x3": (48, 96), "4x4": (64, 128)},
     "avx2": {"6x2": (48, 96), "4x3": (48, 96), "4x2": (32, 64), "8x1": (32, 64)},
     "neon": {"4x4": (32, 64), "8x2": (32, 64), "6x4": (48, 96)},
@@ -90,6 +108,12 @@ def fault(variant: Variant, target: Target) -> str | None:
         return "the tile must be r1x1 to r32x8"
     if target.name == "c":
         return None if (c, r, x) == (1, 1, 1) else "the target c goes token by token: it must be c_c1_r1x1"
+    if target.name == "amx":
+        return (
+            None
+            if (r, x) == (32, 2) and c % 32 == 0 and 32 <= c <= 512
+            else "the target amx goes by tiles of 32x2: c must be a multiple of 32"
+        )
     if r * x + x + 1 > target.registers:  # accumulators, x vectors of B, one broadcast of A
         return f"r*x + x + 1 must be at most the {target.registers} registers of {target.name}"
     if not 8 <= c <= 512 or c % (x * target.lanes) or c % r:
@@ -104,7 +128,7 @@ def targets(backend: str) -> dict[str, Target]:
 def space(contract: Contract, backend: str = "cpu") -> list[Variant]:
     """The candidates that the tuner tries, in canonical order; the first of each target is its default."""
     found = []
-    for target in TARGETS[backend]:
+    for target in filter(lambda t: t.runs(contract), TARGETS[backend]):
         for tile, chunks in SPACE[contract.operator, backend].get(target.name, {}).items():
             r, x = map(int, tile.split("x"))
             found += [v for v in (Variant(target.name, c, r, x) for c in chunks) if not fault(v, target)]

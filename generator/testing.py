@@ -72,6 +72,7 @@ NEEDS = (
         "skipping neon",
     ),
     Need("qemu-user", has("qemu-aarch64"), "skipping neon"),
+    Need("libopenmpi-dev openmpi-bin", has("mpicc", "mpirun"), "skipping the example over MPI ranks"),
 )
 
 

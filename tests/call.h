@@ -74,7 +74,8 @@ typedef struct call {
     nf_args a;
     block q, key, v, out, lse, workspace, projection, state, pattern, decay;
     size_t bytes;                          /* of the workspace */
-    double *ref, *ref_lse, *spread;        /* [batch, heads, q_tokens] (dim); see oracle_spread */
+    double *ref, *ref_lse;                 /* [batch, heads, q_tokens] (dim) */
+    double *ratio;                         /* likewise: how much a row's sum cancels */
     float *w;                              /* the projection's effective matrix */
     const oracle_calibration *calibration; /* for the reference */
     double v_norm;                         /* the longest row of v */
@@ -146,6 +147,21 @@ static inline int layout_at(const kernel *k, int i, shape *s)
 static inline int takes(const kernel *k, shape s)
 {
     return !(s.full && k->block && (k->features || (s.kv_tokens && s.kv_tokens != s.q_tokens)));
+}
+
+static inline oracle_map map_of(const kernel *k)
+{
+    return k->map                      ? k->map
+           : strstr(k->name, "_cosh_") ? ORACLE_COSH
+           : strstr(k->name, "_trig_") ? ORACLE_TRIG
+           : strstr(k->name, "_relu_") ? ORACLE_RELU
+                                       : ORACLE_EXP;
+}
+
+/* Does it estimate softmax, and can so be calibrated? */
+static inline int estimates(const kernel *k)
+{
+    return k->features && map_of(k) != ORACLE_RELU;
 }
 
 static inline int stateful(const kernel *k)
@@ -257,7 +273,7 @@ static inline void call_free(call *c)
         block_free(all[i]);
     free(c->ref);
     free(c->ref_lse);
-    free(c->spread);
+    free(c->ratio);
     free(c->w);
     memset(c, 0, sizeof *c);
 }
@@ -358,10 +374,10 @@ static inline oracle_head head_at(const call *c, int64_t batch, int64_t h, int64
     o.full = a->mask == NF_FULL;
     o.w = c->w;
     o.rows = c->k->rows;
-    o.cosh = c->k->features == 2 * c->k->rows;
+    o.map = map_of(c->k);
+    o.eps = a->eps > 0 ? (double)a->eps : (double)1e-3f;
     o.calibration = c->calibration;
     o.pattern = pattern_at(c, h);
-    o.map = c->k->map;
     o.decay = c->k->map && a->decay ? (double)a->decay[kv] : 0;
     o.unnormalised = (a->flags & NF_UNNORMALISED) != 0;
     return o;
@@ -377,16 +393,16 @@ static inline void call_reference(call *c, int64_t first)
     if (!c->ref) {
         c->ref = oracle_doubles((size_t)(rows * c->k->dim));
         c->ref_lse = oracle_doubles((size_t)rows);
-        c->spread = oracle_doubles((size_t)rows);
     }
+    free(c->ratio);
+    c->ratio = oracle_doubles((size_t)rows);
     for (int64_t b = 0; b < a->batch; b++)
         for (int64_t h = 0; h < a->heads; h++)
             for (int64_t s = 0; s < (a->cu_tokens ? a->sequences : 1); s++) {
                 const int64_t from = cu[s] > first ? cu[s] : first, row = (b * a->heads + h) * a->q_tokens + from;
                 const oracle_head o = head_at(c, b, h, from, cu[s + 1] - from);
                 oracle_attention(&o, c->ref + row * c->k->dim, c->ref_lse + row);
-                for (int64_t i = 0; i < o.q_tokens; i++)
-                    c->spread[row + i] = oracle_spread(&o, i);
+                oracle_cancellation(&o, c->ref_lse + row, c->ratio + row);
             }
     for (int64_t b = 0; b < a->batch; b++)
         for (int64_t h = 0; h < kv_heads(a); h++)
@@ -404,8 +420,13 @@ static inline double larger(double a, double b)
     return a >= b ? a : b < INFINITY ? b : INFINITY;
 }
 
-/* The largest error over the rows [first, q_tokens): |out - ref| / max |v|, and of lse relative to max(1, |lse|), both
- * divided by the row's spread. Infinite where anything is not finite. */
+static inline double row_scale(const call *c, int64_t row)
+{
+    return oracle_row_scale(c->ref + row * c->k->dim, c->k->dim, c->ratio[row], c->v_norm);
+}
+
+/* The largest error over the rows [first, q_tokens): |out - ref| relative to row_scale, and of lse relative to max(1,
+ * |lse|) and to how much the row's sum cancels. Infinite where anything is not finite. */
 static inline double call_error(const call *c, int64_t first)
 {
     const nf_args *a = &c->a;
@@ -419,10 +440,10 @@ static inline double call_error(const call *c, int64_t first)
                 double sum = 0;
                 for (int d = 0; d < dim; d++)
                     sum += pow((double)out[d] - c->ref[row * dim + d], 2);
-                worst = larger(worst, sqrt(sum) / fmax(c->v_norm, 1e-30) / c->spread[row]);
+                worst = larger(worst, sqrt(sum) / row_scale(c, row));
                 if (a->lse && (double)a->lse[row] != c->ref_lse[row]) /* equal: both -inf */
-                    worst = larger(worst, fabs((double)a->lse[row] - c->ref_lse[row]) / fmax(1, fabs(c->ref_lse[row])) /
-                                              c->spread[row]);
+                    worst = larger(worst, fabs((double)a->lse[row] - c->ref_lse[row]) / c->ratio[row] /
+                                              fmax(1, fabs(c->ref_lse[row])));
             }
     return worst;
 }

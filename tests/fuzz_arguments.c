@@ -4,6 +4,9 @@
 #define NEARFAR_STATIC
 #include "nf_exact_f32_d8_cpu.h"
 #include "nf_favor_cosh_f32_d8_m8_cpu.h"
+#include "nf_favor_exp_f32_d8_m8_cpu.h"
+#include "nf_favor_relu_f32_d8_m8_cpu.h"
+#include "nf_favor_trig_f32_d8_m8_cpu.h"
 #include "nf_hybrid_cosh_f32_d8_m8_b16_cpu.h"
 #include "nf_linear_elu_f32_d8_cpu.h"
 #include "nf_linear_softmaxqk_f32_d8_cpu.h"
@@ -15,6 +18,7 @@
 
 enum { DIM = 8, MOST = 1 << 16 };
 
+#define PROJECTION(K) K##_projection_bytes, K##_projection_init
 #define ENTRIES(K) K##_workspace, K##_forward, K##_decode, K##_backward, K##_state_bytes, K##_state_reset
 
 static const struct kernel {
@@ -30,10 +34,11 @@ static const struct kernel {
 } kernels[] = {
     {0, ENTRIES(nf_exact_f32_d8_cpu), NULL, NULL},
     {32, ENTRIES(nf_sparse_f32_d8_b32_cpu), NULL, NULL},
-    {0, ENTRIES(nf_favor_cosh_f32_d8_m8_cpu), nf_favor_cosh_f32_d8_m8_cpu_projection_bytes,
-     nf_favor_cosh_f32_d8_m8_cpu_projection_init},
-    {16, ENTRIES(nf_hybrid_cosh_f32_d8_m8_b16_cpu), nf_hybrid_cosh_f32_d8_m8_b16_cpu_projection_bytes,
-     nf_hybrid_cosh_f32_d8_m8_b16_cpu_projection_init},
+    {0, ENTRIES(nf_favor_cosh_f32_d8_m8_cpu), PROJECTION(nf_favor_cosh_f32_d8_m8_cpu)},
+    {16, ENTRIES(nf_hybrid_cosh_f32_d8_m8_b16_cpu), PROJECTION(nf_hybrid_cosh_f32_d8_m8_b16_cpu)},
+    {0, ENTRIES(nf_favor_trig_f32_d8_m8_cpu), PROJECTION(nf_favor_trig_f32_d8_m8_cpu)},
+    {0, ENTRIES(nf_favor_relu_f32_d8_m8_cpu), PROJECTION(nf_favor_relu_f32_d8_m8_cpu)},
+    {0, ENTRIES(nf_favor_exp_f32_d8_m8_cpu), PROJECTION(nf_favor_exp_f32_d8_m8_cpu)},
     {0, ENTRIES(nf_linear_elu_f32_d8_cpu), NULL, NULL},
     {0, ENTRIES(nf_linear_softmaxqk_f32_d8_cpu), NULL, NULL},
 };
@@ -181,7 +186,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     reader r = {data, size};
     const unsigned mode = take(&r), bend = take(&r);
-    const struct kernel *k = &kernels[mode & 3];
+    const struct kernel *k = &kernels[bend & 128 ? 4 + ((mode & 3) + (bend >> 4 & 4)) % 5 : mode & 3];
     int linear;
     const int decode = (mode >> 2 & 3) == 2, backward = (mode >> 2 & 3) == 3;
     size_t need;
@@ -202,9 +207,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     memset(&g, 0, sizeof g);
     memset(x, 0, sizeof x);
     b.count = 0;
-    linear = (mode & 3) == 0 && bend & 128; /* exact has no more to try than the others */
-    if (linear)
-        k = &kernels[4 + (take(&r) & 1)];
+    linear = k >= kernels + 7;
     need = k->workspace(NULL);
     a.batch = number(&r, 1);
     a.heads = number(&r, 2);
@@ -236,6 +239,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     g.lse = a.lse, g.dlse = bend & 2 ? a.lse : NULL;
     if (mode & 16) {
         a.scale = odd_float(&r);
+        a.eps = take(&r) & 1 ? 0 : odd_float(&r);
         a.sequences = number(&r, 2);
         for (int i = 1; i < 6; i++)
             cu[i] = (int32_t)number(&r, i);

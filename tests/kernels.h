@@ -6,6 +6,8 @@
 #include "nearfar/core.h"
 #include "oracle.h"
 
+#include "nearfar/request.h"
+
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -45,16 +47,17 @@ static inline int number_in(const char *name, char letter)
 static inline kernel kernel_of(const kernel *k)
 {
     kernel ready = *k;
+    nf_amx_request(); /* variants for it count as supported from now on */
     ready.dim = number_in(k->name, 'd');
     ready.features = number_in(k->name, 'm');
     ready.block = number_in(k->name, 'b');
-    for (int i = 1; i < ORACLE_MAPS && strstr(k->name, "linear"); i++)
+    for (int i = ORACLE_ELU; i < ORACLE_MAPS && strstr(k->name, "linear"); i++)
         if (strstr(k->name, oracle_map_name[i]))
             ready.map = (oracle_map)i;
     ready.far = ready.map == ORACLE_TAYLOR2 ? (1 + ready.dim + ready.dim * (ready.dim + 1) / 2 + 7) / 8 * 8
                 : ready.map                 ? ready.dim
                                             : ready.features;
-    ready.rows = strstr(k->name, "cosh") ? ready.features / 2 : ready.features;
+    ready.rows = strstr(k->name, "cosh") || strstr(k->name, "trig") ? ready.features / 2 : ready.features;
     return ready;
 }
 

@@ -6,7 +6,10 @@
  *     out_i = sum_j e^(l_ij) v_j / sum_j e^(l_ij),   lse_i = ln sum_j e^(l_ij)
  * A pair is unseen (l = -inf), exact (l = q'_i . k'_j with x' = sqrt(scale) x), or estimated by random features:
  *     l_ij = ln 1/m sum_r exp(lq_ir + lk_jr),   lq_ir = w_r . q'_i - |q'_i|^2 / 2,   lk_jr = w_r . k'_j - |k'_j|^2 / 2
- * where the map cosh uses every w_r twice, with both signs.
+ * where the map cosh uses every w_r twice, with both signs. Of the maps trig and relu the pair's weight is
+ *     e^(|q'_i|^2/2 + |k'_j|^2/2) / rows sum_r cos(w_r . (q'_i - k'_j)),   1/m sum_r f(w_r . q'_i) f(w_r . k'_j), f(u)
+ * = max(0, u) + eps and out = sum_j A_ij v_j / D_i, lse = ln D_i with D_i = sum_j A_ij; for trig D_i is at least 2^-20
+ * sum_j e^(|q'_i|^2/2 + |k'_j|^2/2).
  */
 #ifndef ORACLE_H
 #define ORACLE_H
@@ -23,28 +26,30 @@
 #define ORACLE_FN static inline
 #endif
 
-/* What a calibration derives from a sample of one head, in the units of the arrays (not of x'). */
-typedef struct oracle_calibration {
-    double tau;
-    double *q_mean, *k_mean, *psi, *k_var; /* [dim] each */
-} oracle_calibration;
-
-/* linear: the map from a row to its features; ORACLE_SOFTMAX is none, the other operators'. */
 typedef enum oracle_map {
-    ORACLE_SOFTMAX,
-    ORACLE_ELU,
+    ORACLE_EXP,
+    ORACLE_COSH,
+    ORACLE_TRIG,
     ORACLE_RELU,
+    ORACLE_ELU, /* from here on: linear */
+    ORACLE_LINEAR_RELU,
     ORACLE_IDENTITY,
     ORACLE_TAYLOR2,
     ORACLE_SOFTMAXQK,
     ORACLE_MAPS
 } oracle_map;
 
+/* What a calibration derives from a sample of one head, in the units of the arrays (not of x'). */
+typedef struct oracle_calibration {
+    double tau;
+    double *q_mean, *k_mean, *psi, *k_var; /* [dim] each */
+} oracle_calibration;
+
 static const char *const oracle_map_name[ORACLE_MAPS]
 #if defined(__GNUC__) || defined(__clang__)
     __attribute__((unused))
 #endif
-    = {"none", "elu", "relu", "identity", "taylor2", "softmaxqk"};
+    = {"exp", "cosh", "trig", "relu", "elu", "relu", "identity", "taylor2", "softmaxqk"};
 
 /* The pattern of one head; block is the contract's, 0: no pattern. */
 typedef struct oracle_pattern {
@@ -65,15 +70,17 @@ typedef struct oracle_head {
     double scale; /* 0 = 1/sqrt(dim) */
     int full;     /* 1: every query sees every key; 0: causal */
 
+    oracle_map map; /* of the features, where there are any */
+
     /* favor and hybrid only */
     const float *w; /* [rows][dim] as K_projection_read gives it */
-    int rows, cosh; /* cosh: each row serves both signs, m = 2 rows */
+    int rows;       /* m; of cosh (each serves both signs) and trig (sine and cosine) m/2 */
+    double eps;     /* of relu */
     const oracle_calibration *calibration;
 
     oracle_pattern pattern; /* sparse and hybrid only */
 
     /* linear only; scale 0 = 1, but of taylor2 */
-    oracle_map map;
     double decay; /* natural log of the factor per token */
     int unnormalised;
     int values; /* dim of v and out; 0 = dim */
@@ -87,11 +94,21 @@ ORACLE_FN double *oracle_doubles(size_t count)
     return p;
 }
 
+ORACLE_FN int oracle_is_linear(const oracle_head *h)
+{
+    return h->map >= ORACLE_ELU;
+}
+
 ORACLE_FN double oracle_scale(const oracle_head *h)
 {
-    if (h->map && h->map != ORACLE_TAYLOR2)
+    if (oracle_is_linear(h) && h->map != ORACLE_TAYLOR2)
         return h->scale > 0 ? h->scale : 1;
     return h->scale > 0 ? h->scale : 1 / sqrt((double)h->dim);
+}
+
+ORACLE_FN int oracle_values(const oracle_head *h)
+{
+    return h->values ? h->values : h->dim;
 }
 
 ORACLE_FN const float *oracle_row(const float *data, int64_t stride, int dim, int64_t token)
@@ -102,7 +119,13 @@ ORACLE_FN const float *oracle_row(const float *data, int64_t stride, int dim, in
 /* Features of a point; 0 without any. */
 ORACLE_FN int oracle_m(const oracle_head *h)
 {
-    return h->cosh ? 2 * h->rows : h->rows;
+    return h->map == ORACLE_COSH || h->map == ORACLE_TRIG ? 2 * h->rows : h->rows;
+}
+
+/* Features that are not exponentials: these are held as they are, behind them the exponent of a factor of all. */
+ORACLE_FN int oracle_plain(const oracle_head *h)
+{
+    return h->rows && (h->map == ORACLE_TRIG || h->map == ORACLE_RELU);
 }
 
 /* ---- who sees whom --------------------------------------------------------------------------------------------- */
@@ -161,7 +184,8 @@ ORACLE_FN oracle_kinship oracle_link(const oracle_head *h, int64_t i, int64_t j)
 
 /* ---- features -------------------------------------------------------------------------------------------------- */
 
-/* ln of the features of one point x: l_r = +-w_r . x - |x|^2 / 2 + extra, for all m features. */
+/* ln of the features of one point x: l_r = +-w_r . x - |x|^2 / 2 + extra, for all m features, and l[m] = 0; of plain
+ * features themselves, and l[m] = |x|^2 / 2 + extra (trig) or 0. */
 ORACLE_FN void oracle_features(const oracle_head *h, const double *x, double extra, double *l)
 {
     double norm = 0;
@@ -171,10 +195,15 @@ ORACLE_FN void oracle_features(const oracle_head *h, const double *x, double ext
         double dot = 0;
         for (int d = 0; d < h->dim; d++)
             dot += (double)h->w[r * h->dim + d] * x[d];
-        l[r] = dot - norm / 2 + extra;
-        if (h->cosh)
+        l[r] = h->map == ORACLE_TRIG   ? cos(dot)
+               : h->map == ORACLE_RELU ? fmax(0, dot) + h->eps
+                                       : dot - norm / 2 + extra;
+        if (h->map == ORACLE_COSH)
             l[h->rows + r] = -dot - norm / 2 + extra;
+        if (h->map == ORACLE_TRIG)
+            l[h->rows + r] = sin(dot);
     }
+    l[oracle_m(h)] = h->map == ORACLE_TRIG ? norm / 2 + extra : 0;
 }
 
 /* A query (or key) as the features see it: x'_d, the part of the logit that is no feature's, and the derivatives of
@@ -233,23 +262,25 @@ ORACLE_FN void oracle_key_features(const oracle_head *h, int64_t j, double *l)
 
 /* ---- attention, pair by pair ----------------------------------------------------------------------------------- */
 
-/* out = sum_j e^(l_j) v_j / sum_j e^(l_j), returns ln sum_j e^(l_j); all unseen: 0 and -inf. */
-ORACLE_FN double oracle_softmax(const oracle_head *h, const double *l, double *out)
+/* out = sum_j +-e^(l_j) v_j / sum_j +-e^(l_j), returns ln of that sum; all unseen: 0 and -inf. The signs may be NULL,
+ * and the sum counts as e^least at least. */
+ORACLE_FN double oracle_softmax(const oracle_head *h, const double *l, const double *sign, double least, double *out)
 {
     double top = -INFINITY, sum = 0;
-    memset(out, 0, (size_t)h->dim * sizeof *out);
+    memset(out, 0, (size_t)oracle_values(h) * sizeof *out);
     for (int64_t j = 0; j < h->kv_tokens; j++)
         top = l[j] > top ? l[j] : top;
     if (top == -INFINITY)
         return top;
     for (int64_t j = 0; j < h->kv_tokens; j++) {
-        const float *v = oracle_row(h->v, h->v_stride, h->dim, j);
-        const double e = exp(l[j] - top);
+        const float *v = oracle_row(h->v, h->v_stride, oracle_values(h), j);
+        const double e = exp(l[j] - top) * (sign ? sign[j] : 1);
         sum += e;
-        for (int d = 0; d < h->dim && e > 0; d++)
+        for (int d = 0; d < oracle_values(h) && e != 0; d++)
             out[d] += e * (double)v[d];
     }
-    for (int d = 0; d < h->dim; d++)
+    sum = fmax(sum, exp(least - top));
+    for (int d = 0; d < oracle_values(h); d++)
         out[d] /= sum;
     return top + log(sum);
 }
@@ -263,12 +294,21 @@ ORACLE_FN double oracle_near_logit(const oracle_head *h, int64_t i, int64_t j)
     return oracle_scale(h) * l;
 }
 
-/* ln A of a pair by features; share [m] (or NULL): what each feature contributes to A, the derivatives of ln A by the
- * features' exponents. */
-ORACLE_FN double oracle_far_logit(const oracle_head *h, const double *lq, const double *lk, double *share)
+/* ln |A| of a pair by features, and the sign of A; share [m] (or NULL): what each feature contributes to A, the
+ * derivatives of ln |A| by the features' logarithms. */
+ORACLE_FN double oracle_far_logit(const oracle_head *h, const double *lq, const double *lk, double *share, double *sign)
 {
     const int m = oracle_m(h);
     double top = -INFINITY, sum = 0;
+    *sign = 1;
+    if (oracle_plain(h)) {
+        for (int r = 0; r < m; r++)
+            sum += lq[r] * lk[r];
+        for (int r = 0; r < m && share; r++)
+            share[r] = lq[r] * lk[r] / sum;
+        *sign = sum < 0 ? -1 : 1;
+        return log(fabs(sum)) + lq[m] + lk[m] - log((double)(h->map == ORACLE_TRIG ? h->rows : m));
+    }
     for (int r = 0; r < m; r++)
         top = fmax(top, lq[r] + lk[r]);
     for (int r = 0; r < m; r++) {
@@ -282,14 +322,31 @@ ORACLE_FN double oracle_far_logit(const oracle_head *h, const double *lq, const 
     return top + log(sum) - log((double)m) + h->pattern.far_gain;
 }
 
-/* The log features of every query and key: [q_tokens][m], [kv_tokens][m]. */
+/* The log features of every query and key: [q_tokens][m + 1], [kv_tokens][m + 1]. */
 ORACLE_FN double *oracle_all_features(const oracle_head *h, int query)
 {
     const int64_t rows = query ? h->q_tokens : h->kv_tokens;
-    double *l = oracle_doubles((size_t)rows * (size_t)oracle_m(h));
+    double *l = oracle_doubles((size_t)rows * (size_t)(oracle_m(h) + 1));
     for (int64_t t = 0; t < rows && h->rows; t++)
-        (query ? oracle_query_features : oracle_key_features)(h, t, l + t * oracle_m(h));
+        (query ? oracle_query_features : oracle_key_features)(h, t, l + t * (oracle_m(h) + 1));
     return l;
+}
+
+/* trig: ln sum_j e^(|q'_i|^2/2 + |k'_j|^2/2) over the keys that query i sees, what its sum would be were all cosines 1;
+ * otherwise -inf. */
+ORACLE_FN double oracle_mass(const oracle_head *h, const double *lq, const double *lk, int64_t i)
+{
+    const int m = oracle_m(h);
+    double top = -INFINITY, sum = 0;
+    if (!h->rows || h->map != ORACLE_TRIG)
+        return top;
+    for (int64_t j = 0; j < h->kv_tokens; j++)
+        if (oracle_link(h, i, j) == ORACLE_FAR)
+            top = fmax(top, lk[j * (m + 1) + m]);
+    for (int64_t j = 0; j < h->kv_tokens; j++)
+        if (oracle_link(h, i, j) == ORACLE_FAR)
+            sum += exp(lk[j * (m + 1) + m] - top);
+    return top + log(sum) + lq[i * (m + 1) + m];
 }
 
 /* The definition itself: q_tokens * kv_tokens * m exponentials where there are features. out [q_tokens][dim]; lse
@@ -298,19 +355,56 @@ ORACLE_FN void oracle_pairs(const oracle_head *h, double *out, double *lse)
 {
     const int m = oracle_m(h);
     double *l = oracle_doubles((size_t)h->kv_tokens), *lq = oracle_all_features(h, 1), *lk = oracle_all_features(h, 0);
+    double *sign = oracle_doubles((size_t)h->kv_tokens);
     for (int64_t i = 0; i < h->q_tokens; i++) {
         double sum;
         for (int64_t j = 0; j < h->kv_tokens; j++) {
             const oracle_kinship link = oracle_link(h, i, j);
+            sign[j] = 1;
             l[j] = link == ORACLE_NEAR  ? oracle_near_logit(h, i, j)
-                   : link == ORACLE_FAR ? oracle_far_logit(h, lq + i * m, lk + j * m, NULL)
+                   : link == ORACLE_FAR ? oracle_far_logit(h, lq + i * (m + 1), lk + j * (m + 1), NULL, &sign[j])
                                         : -INFINITY;
         }
-        sum = oracle_softmax(h, l, out + i * h->dim);
+        sum = oracle_softmax(h, l, sign, oracle_mass(h, lq, lk, i) - 20 * log(2), out + i * oracle_values(h));
         if (lse)
             lse[i] = sum;
     }
     free(l);
+    free(lq);
+    free(lk);
+    free(sign);
+}
+
+/* How far the terms of a row's sum of weights exceed it: 1, but of taylor2, whose state sums up products of channels,
+ * whatever their signs: sum_j (1 + t + t^2/2) / sum_j A_ij with t = scale |q_i| |k_j|. A row's rounding errors grow
+ * with it. */
+ORACLE_FN double oracle_spread(const oracle_head *h, int64_t i)
+{
+    const float *q = oracle_row(h->q, h->q_stride, h->dim, i);
+    double terms = 0, sum = 0;
+    for (int64_t j = 0; j < h->kv_tokens && h->map == ORACLE_TAYLOR2; j++) {
+        const float *k = oracle_row(h->k, h->k_stride, h->dim, j);
+        const int64_t away = i + h->kv_tokens - h->q_tokens - j;
+        const double left = h->full ? 1 : away < 0 ? 0 : exp(h->decay * (double)away);
+        double qq = 0, kk = 0, s = 0, t;
+        for (int d = 0; d < h->dim; d++) {
+            qq += (double)q[d] * (double)q[d];
+            kk += (double)k[d] * (double)k[d];
+            s += (double)q[d] * (double)k[d];
+        }
+        t = oracle_scale(h) * sqrt(qq * kk), s *= oracle_scale(h);
+        terms += left * (1 + t + t * t / 2);
+        sum += left * (1 + s + s * s / 2);
+    }
+    return sum > 0 ? terms / sum : 1;
+}
+
+/* How much of a row cancels: what its sum would be without, relative to its sum. At most 2^20; 1 but for trig. */
+ORACLE_FN void oracle_cancellation(const oracle_head *h, const double *lse, double *ratio)
+{
+    double *lq = oracle_all_features(h, 1), *lk = oracle_all_features(h, 0);
+    for (int64_t i = 0; i < h->q_tokens; i++)
+        ratio[i] = oracle_is_linear(h) ? oracle_spread(h, i) : fmax(1, exp(oracle_mass(h, lq, lk, i) - lse[i]));
     free(lq);
     free(lk);
 }
@@ -319,9 +413,20 @@ ORACLE_FN void oracle_pairs(const oracle_head *h, double *out, double *lse)
 ORACLE_FN void oracle_exact(const oracle_head *h, double *out, double *lse)
 {
     oracle_head exact = *h;
-    exact.rows = exact.cosh = 0;
+    exact.rows = 0;
+    exact.map = ORACLE_EXP;
     exact.pattern.block = 0;
     oracle_pairs(&exact, out, lse);
+}
+
+/* What the error of a row is relative to: the longest v; where its sum cancels, as often that (or the row, if it came
+ * out longer) as the sum would be without. */
+ORACLE_FN double oracle_row_scale(const double *row, int dim, double ratio, double v_norm)
+{
+    double length = 0;
+    for (int d = 0; d < dim; d++)
+        length += row[d] * row[d];
+    return ratio * fmax(fmax(v_norm, sqrt(length)), 1e-30);
 }
 
 /* ---- the far field with its two sums exchanged ----------------------------------------------------------------- */
@@ -329,19 +434,19 @@ ORACLE_FN void oracle_exact(const oracle_head *h, double *out, double *lse)
 /* Add key j to the sums of every feature: sums[r] = { ln reference, sum of weights, weighted sum of v [dim] }. */
 ORACLE_FN void oracle_fold(const oracle_head *h, int64_t j, int m, double *lk, double *sums)
 {
-    const float *v = oracle_row(h->v, h->v_stride, h->dim, j);
+    const float *v = oracle_row(h->v, h->v_stride, oracle_values(h), j);
     oracle_key_features(h, j, lk);
     for (int r = 0; r < m; r++) {
-        double *s = sums + (size_t)r * (size_t)(h->dim + 2), e;
+        double *s = sums + (size_t)r * (size_t)(oracle_values(h) + 2), e;
         if (!(s[1] > 0) || lk[r] > s[0]) {
             const double shrink = s[1] > 0 ? exp(s[0] - lk[r]) : 0;
-            for (int d = 1; d < h->dim + 2; d++)
+            for (int d = 1; d < oracle_values(h) + 2; d++)
                 s[d] *= shrink;
             s[0] = lk[r];
         }
         e = exp(lk[r] - s[0]);
         s[1] += e;
-        for (int d = 0; d < h->dim; d++)
+        for (int d = 0; d < oracle_values(h); d++)
             s[2 + d] += e * (double)v[d];
     }
 }
@@ -349,18 +454,18 @@ ORACLE_FN void oracle_fold(const oracle_head *h, int64_t j, int m, double *lk, d
 /* One query against the sums. */
 ORACLE_FN double oracle_read(const oracle_head *h, int m, const double *lq, const double *sums, double *out)
 {
-    const size_t width = (size_t)(h->dim + 2);
+    const size_t width = (size_t)(oracle_values(h) + 2);
     double top = -INFINITY, den = 0;
-    memset(out, 0, (size_t)h->dim * sizeof *out);
+    memset(out, 0, (size_t)oracle_values(h) * sizeof *out);
     for (int r = 0; r < m; r++)
         top = fmax(top, lq[r] + sums[(size_t)r * width]);
     for (int r = 0; r < m; r++) {
         const double *s = sums + (size_t)r * width, p = exp(lq[r] + s[0] - top);
         den += p * s[1];
-        for (int d = 0; d < h->dim; d++)
+        for (int d = 0; d < oracle_values(h); d++)
             out[d] += p * s[2 + d];
     }
-    for (int d = 0; d < h->dim; d++)
+    for (int d = 0; d < oracle_values(h); d++)
         out[d] /= den;
     return top + log(den) - log((double)m);
 }
@@ -370,15 +475,15 @@ ORACLE_FN double oracle_read(const oracle_head *h, int m, const double *lq, cons
 ORACLE_FN void oracle_sums(const oracle_head *h, double *out, double *lse)
 {
     const int m = oracle_m(h);
-    double *sums = oracle_doubles((size_t)m * (size_t)(h->dim + 2)), *lr = oracle_doubles((size_t)m);
-    double *l = oracle_doubles((size_t)h->kv_tokens), *far = oracle_doubles((size_t)h->dim);
+    double *sums = oracle_doubles((size_t)m * (size_t)(oracle_values(h) + 2)), *lr = oracle_doubles((size_t)m + 1);
+    double *l = oracle_doubles((size_t)h->kv_tokens), *far = oracle_doubles((size_t)oracle_values(h));
     int64_t seen = 0;
     for (int64_t i = 0; i < h->q_tokens; i++) {
-        double *row = out + i * h->dim, near_lse, far_lse = -INFINITY, total;
+        double *row = out + i * oracle_values(h), near_lse, far_lse = -INFINITY, total;
         const int alone = h->pattern.block && oracle_global(&h->pattern, oracle_position(h, i)); /* no far field */
         for (int64_t j = 0; j < h->kv_tokens; j++)
             l[j] = oracle_link(h, i, j) == ORACLE_NEAR ? oracle_near_logit(h, i, j) : -INFINITY;
-        near_lse = total = oracle_softmax(h, l, row);
+        near_lse = total = oracle_softmax(h, l, NULL, -INFINITY, row);
         for (; !alone && seen < h->kv_tokens &&
                (oracle_link(h, i, seen) == ORACLE_FAR || (h->pattern.block && oracle_global(&h->pattern, seen)));
              seen++)
@@ -388,7 +493,7 @@ ORACLE_FN void oracle_sums(const oracle_head *h, double *out, double *lse)
             oracle_query_features(h, i, lr);
             far_lse = oracle_read(h, m, lr, sums, far) + h->pattern.far_gain;
             total = fmax(near_lse, far_lse) + log1p(exp(-fabs(near_lse - far_lse)));
-            for (int d = 0; d < h->dim; d++)
+            for (int d = 0; d < oracle_values(h); d++)
                 row[d] = exp(near_lse - total) * row[d] + exp(far_lse - total) * far[d];
         }
         if (lse)
@@ -405,7 +510,7 @@ ORACLE_FN void oracle_favor(const oracle_head *h, double *out, double *lse)
     oracle_head favor = *h;
     favor.pattern.block = 0;
     favor.pattern.far_gain = 0;
-    oracle_sums(&favor, out, lse);
+    (oracle_plain(h) ? oracle_pairs : oracle_sums)(&favor, out, lse);
 }
 
 /* ---- linear attention -------------------------------------------------------------------------------------------
@@ -417,11 +522,6 @@ ORACLE_FN void oracle_favor(const oracle_head *h, double *out, double *lse)
  * sum_j A_ij v_j. A row without weights is 0.
  */
 
-ORACLE_FN int oracle_values(const oracle_head *h)
-{
-    return h->values ? h->values : h->dim;
-}
-
 /* phi of all queries, or of all keys: [tokens][dim]. taylor2: x itself. */
 ORACLE_FN double *oracle_mapped(const oracle_head *h, int query)
 {
@@ -431,7 +531,9 @@ ORACLE_FN double *oracle_mapped(const oracle_head *h, int query)
         for (int64_t d = 0; d < dim; d++) {
             const double x = (double)(query ? oracle_row(h->q, h->q_stride, h->dim, t)
                                             : oracle_row(h->k, h->k_stride, h->dim, t))[d];
-            phi[t * dim + d] = h->map == ORACLE_ELU ? (x > 0 ? x + 1 : exp(x)) : h->map == ORACLE_RELU ? fmax(x, 0) : x;
+            phi[t * dim + d] = h->map == ORACLE_ELU           ? (x > 0 ? x + 1 : exp(x))
+                               : h->map == ORACLE_LINEAR_RELU ? fmax(x, 0)
+                                                              : x;
         }
     if (h->map != ORACLE_SOFTMAXQK)
         return phi;
@@ -492,36 +594,12 @@ ORACLE_FN void oracle_linear(const oracle_head *h, double *out, double *lse)
     free(pk);
 }
 
-/* How far the terms of a row's sum of weights exceed it: 1, but of taylor2, whose state sums up products of channels,
- * whatever their signs: sum_j (1 + t + t^2/2) / sum_j A_ij with t = scale |q_i| |k_j|. A row's rounding errors grow
- * with it. */
-ORACLE_FN double oracle_spread(const oracle_head *h, int64_t i)
-{
-    const float *q = oracle_row(h->q, h->q_stride, h->dim, i);
-    double terms = 0, sum = 0;
-    for (int64_t j = 0; j < h->kv_tokens && h->map == ORACLE_TAYLOR2; j++) {
-        const float *k = oracle_row(h->k, h->k_stride, h->dim, j);
-        const int64_t away = i + h->kv_tokens - h->q_tokens - j;
-        const double left = h->full ? 1 : away < 0 ? 0 : exp(h->decay * (double)away);
-        double qq = 0, kk = 0, s = 0, t;
-        for (int d = 0; d < h->dim; d++) {
-            qq += (double)q[d] * (double)q[d];
-            kk += (double)k[d] * (double)k[d];
-            s += (double)q[d] * (double)k[d];
-        }
-        t = oracle_scale(h) * sqrt(qq * kk), s *= oracle_scale(h);
-        terms += left * (1 + t + t * t / 2);
-        sum += left * (1 + s + s * s / 2);
-    }
-    return sum > 0 ? terms / sum : 1;
-}
-
 /* dx += what the gradients g by phi become through the map. */
 ORACLE_FN void oracle_mapped_back(const oracle_head *h, int query, const double *phi, const double *g, double *dx)
 {
     const int64_t tokens = query ? h->q_tokens : h->kv_tokens, dim = h->dim;
     for (int64_t t = 0; t < tokens * dim && h->map != ORACLE_SOFTMAXQK; t++)
-        dx[t] += g[t] * (h->map == ORACLE_ELU ? fmin(phi[t], 1) : h->map == ORACLE_RELU ? phi[t] > 0 : 1);
+        dx[t] += g[t] * (h->map == ORACLE_ELU ? fmin(phi[t], 1) : h->map == ORACLE_LINEAR_RELU ? phi[t] > 0 : 1);
     for (int64_t n = 0; n < (query ? tokens : dim) && h->map == ORACLE_SOFTMAXQK; n++) {
         const int64_t count = query ? dim : tokens, apart = query ? 1 : dim, at = query ? n * dim : n;
         double mean = 0;
@@ -535,9 +613,9 @@ ORACLE_FN void oracle_mapped_back(const oracle_head *h, int query, const double 
 /* The head's operator, in the way that is fast enough for long sequences. */
 ORACLE_FN void oracle_attention(const oracle_head *h, double *out, double *lse)
 {
-    if (h->map)
+    if (oracle_is_linear(h))
         oracle_linear(h, out, lse);
-    else if (h->rows && !(h->pattern.block && h->pattern.far_exact))
+    else if (h->rows && !oracle_plain(h) && !(h->pattern.block && h->pattern.far_exact))
         oracle_sums(h, out, lse);
     else
         oracle_pairs(h, out, lse);
@@ -553,19 +631,43 @@ typedef struct oracle_loss {
     double *dq, *dk, *dv;
 } oracle_loss;
 
-/* dx += sum_r g_r d l_r/dx of a point, l_r = +-w_r . x' - |x'|^2 / 2 + extra. */
+/* The derivatives of the logarithms of row r's features by w_r . x' = u. */
+ORACLE_FN double oracle_along(const oracle_head *h, const double *g, int r, double u)
+{
+    switch (h->map) {
+    case ORACLE_COSH:
+        return g[r] - g[h->rows + r];
+    case ORACLE_TRIG:
+        return g[h->rows + r] / tan(u) - g[r] * tan(u);
+    case ORACLE_RELU:
+        return u > 0 ? g[r] / (u + h->eps) : 0;
+    default:
+        return g[r];
+    }
+}
+
+/* dx += sum_r g_r d l_r/dx of a point, l_r = +-w_r . x' - |x'|^2 / 2 + extra, or of plain features ln |f_r| and their
+ * factor. */
 ORACLE_FN void oracle_features_back(const oracle_head *h, const float *row, int query, const double *g, double *dx)
 {
     oracle_point p = oracle_point_at(h, row, query);
-    double all = 0;
+    double all = 0, *along;
     for (int r = 0; r < oracle_m(h); r++)
         all += g[r];
-    for (int d = 0; d < h->dim; d++) {
-        double along = -all * p.x[d];
-        for (int r = 0; r < h->rows; r++)
-            along += (g[r] - (h->cosh ? g[h->rows + r] : 0)) * (double)h->w[r * h->dim + d];
-        dx[d] += p.slope[d] * along + p.tilt[d] * all;
+    along = oracle_doubles((size_t)h->dim);
+    for (int d = 0; d < h->dim; d++)
+        along[d] = (h->map == ORACLE_TRIG ? all : h->map == ORACLE_RELU ? 0 : -all) * p.x[d];
+    for (int r = 0; r < h->rows; r++) {
+        double u = 0;
+        for (int d = 0; d < h->dim; d++)
+            u += (double)h->w[r * h->dim + d] * p.x[d];
+        u = oracle_along(h, g, r, u);
+        for (int d = 0; d < h->dim; d++)
+            along[d] += u * (double)h->w[r * h->dim + d];
     }
+    for (int d = 0; d < h->dim; d++)
+        dx[d] += p.slope[d] * along[d] + (h->map == ORACLE_RELU ? 0 : p.tilt[d] * all);
+    free(along);
     free(p.x);
 }
 
@@ -626,12 +728,13 @@ ORACLE_FN void oracle_softmax_backward(const oracle_head *h, const oracle_loss *
         for (int64_t j = 0; j < h->kv_tokens; j++) {
             const float *k = oracle_row(h->k, h->k_stride, dim, j), *v = oracle_row(h->v, h->v_stride, dim, j);
             const oracle_kinship link = oracle_link(h, i, j);
-            double p, dl = -delta;
+            double p, sign = 1, dl = -delta;
             if (link == ORACLE_UNSEEN)
                 continue;
             p = exp((link == ORACLE_NEAR ? oracle_near_logit(h, i, j)
-                                         : oracle_far_logit(h, lq + i * m, lk + j * m, share)) -
+                                         : oracle_far_logit(h, lq + i * (m + 1), lk + j * (m + 1), share, &sign)) -
                     lse[i]);
+            p *= sign;
             for (int d = 0; d < dim; d++)
                 dl += (double)dout[d] * (double)v[d];
             dl *= p;
@@ -662,7 +765,7 @@ ORACLE_FN void oracle_softmax_backward(const oracle_head *h, const oracle_loss *
 
 ORACLE_FN void oracle_backward(const oracle_head *h, const oracle_loss *loss)
 {
-    (h->map ? oracle_linear_backward : oracle_softmax_backward)(h, loss);
+    (oracle_is_linear(h) ? oracle_linear_backward : oracle_softmax_backward)(h, loss);
 }
 
 /* ---- calibration ----------------------------------------------------------------------------------------------- */
@@ -765,13 +868,46 @@ ORACLE_FN double oracle_v_norm(const oracle_head *h)
 {
     double most = 0;
     for (int64_t j = 0; j < h->kv_tokens; j++) {
-        const float *v = oracle_row(h->v, h->v_stride, h->dim, j);
+        const float *v = oracle_row(h->v, h->v_stride, oracle_values(h), j);
         double sum = 0;
-        for (int d = 0; d < h->dim; d++)
+        for (int d = 0; d < oracle_values(h); d++)
             sum += (double)v[d] * (double)v[d];
         most = fmax(most, sqrt(sum));
     }
     return most;
+}
+
+/* ---- 16-bit floats ----------------------------------------------------------------------------------------------- */
+
+/* A float as bits of bf16 or f16: to nearest, ties to even, from the definition of the formats. */
+ORACLE_FN uint16_t oracle_half_of(int f16, float x)
+{
+    const int places = f16 ? 11 : 8, lowest = f16 ? -13 : -125;
+    const unsigned sign = signbit(x) ? 0x8000u : 0;
+    double y = fabs((double)x), unit;
+    int e;
+    if (isnan(x))
+        return (uint16_t)(sign | (f16 ? 0x7e00u : 0x7fc0u));
+    frexp(y, &e);
+    unit = ldexp(1, (y == 0 || e < lowest ? lowest : e) - places);
+    y = isinf(y) ? y : nearbyint(y / unit) * unit;
+    if (y > (f16 ? 65504 : 3.3895313892515355e38))
+        return (uint16_t)(sign | (f16 ? 0x7c00u : 0x7f80u));
+    frexp(y, &e);
+    if (y == 0 || e < lowest)
+        return (uint16_t)(sign | (unsigned)(y / ldexp(1, lowest - places)));
+    y = ldexp(y, places - e) - ldexp(1, places - 1);
+    return (uint16_t)(sign | (((unsigned)(e - lowest + 1) << (places - 1)) + (unsigned)y));
+}
+
+ORACLE_FN float oracle_half_value(int f16, uint16_t bits)
+{
+    const int places = f16 ? 11 : 8, lowest = f16 ? -13 : -125;
+    const int e = (bits & 0x7fff) >> (places - 1), m = bits & ((1 << (places - 1)) - 1);
+    const double y = e == (f16 ? 31 : 255) ? (m ? NAN : INFINITY)
+                     : e                   ? ldexp(1 + ldexp(m, 1 - places), e + lowest - 2)
+                                           : ldexp(m, lowest - places);
+    return (float)(bits >> 15 ? -y : y);
 }
 
 /* ---- inputs ---------------------------------------------------------------------------------------------------- */

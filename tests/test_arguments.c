@@ -859,7 +859,12 @@ static const char *calibration_fault(int which, nf_calibration *s, float *data, 
     FAULT(NF_E_VALUE, s->tau = -0.5f)
     FAULT(NF_E_VALUE, s->tau = 1.5f)
     FAULT(NF_E_VALUE, s->tau = NAN)
-    FAULT(NF_E_VALUE, s->flags = 4)
+    FAULT(NF_OK, s->flags = 31)
+    FAULT(NF_OK, (s->q = s->k = NULL, s->q_tokens = s->k_tokens = 0)) /* no sample */
+    FAULT(NF_E_NULL, s->q = s->k = NULL)
+    FAULT(NF_E_NULL, (s->q = NULL, s->q_tokens = 0))
+    FAULT(NF_E_VALUE, (s->q = s->k = NULL, s->q_tokens = s->k_tokens = 0, s->tau = 2))
+    FAULT(NF_E_VALUE, s->flags = 32)
     FAULT(NF_E_VALUE, data[0] = NAN)
     FAULT(NF_E_VALUE, data[11] = INFINITY)
     return NULL;

@@ -19,9 +19,10 @@ LISTS = {  # meson.build's lists of contracts, and how the names in them begin o
     "SPARSES": "sparse",
     "HYBRIDS": "hybrid",
 }
-TOPICS = ("accuracy", "bits", "state", "pattern", "linear", "backward", "projection", "arguments")
+TOPICS = ("accuracy", "bits", "state", "pattern", "linear", "backward", "projection", "compat", "arguments")
 CONTRACTS = (
     *("favor_cosh_f32_d32_m128", "favor_exp_f32_d8_m8", "exact_f32_d40"),
+    *("favor_trig_f32_d8_m8", "favor_relu_f32_d8_m8"),
     *("sparse_f32_d40_b16", "hybrid_cosh_f32_d8_m8_b16"),
     *("linear_relu_f32_d40", "linear_softmaxqk_f32_d40", "linear_taylor2_f32_d8_v48", "linear_elu_bf16_d40_v64"),
 )
@@ -33,7 +34,10 @@ OLDER = (
     "arguments",
 )  # topics on older processors; after ':' a test alone
 VALUES = ("accuracy", "state", "pattern:drawn", "linear", "backward:inputs")  # those in which no NaN is looked for
-SMALL = ("favor_exp_f32_d8_m8", "linear_elu_f32_d8", "exact_f32_d8", "sparse_f32_d8_b32", "hybrid_cosh_f32_d8_m8_b16")
+SMALL = (
+    *("favor_exp_f32_d8_m8", "favor_trig_f32_d8_m8", "favor_relu_f32_d8_m8", "linear_elu_f32_d8"),
+    *("exact_f32_d8", "sparse_f32_d8_b32", "hybrid_cosh_f32_d8_m8_b16"),
+)
 HALVES = ("linear_identity_f16_d32_v80", "linear_elu_bf16_d40_v64")
 
 
@@ -112,21 +116,21 @@ def test_build(name: str, headers: Headers, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
-def test_threads_do_not_race(compiler: str, headers: Headers, tmp_path: Path) -> None:
-    """The threads of examples/threads.c split a call over one state under ThreadSanitizer."""
+@pytest.mark.parametrize("example, contract", [("threads", "m128"), ("long_sequence", "m256")])
+def test_threads_do_not_race(compiler: str, example: str, contract: str, headers: Headers, tmp_path: Path) -> None:
+    """Threads that split a call over one state, and over the pieces of one sequence, under ThreadSanitizer."""
     need(compiler, compiler)
-    folder = headers("favor_cosh_f32_d64_m128")
+    folder = headers(f"favor_cosh_f32_d64_{contract}")
     run(
-        *(compiler, "-std=gnu11", "-O0", "-g", "-fsanitize=thread", "-I", folder, ROOT / "examples" / "threads.c"),
-        *("-o", tmp_path / "threads", "-pthread", "-lm"),
+        *(compiler, "-std=gnu11", "-O0", "-g", "-fsanitize=thread", "-I", folder, ROOT / "examples" / f"{example}.c"),
+        *("-o", tmp_path / example, "-pthread", "-lm"),
     )
-    run(tmp_path / "threads", env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"})
+    run(tmp_path / example, "500", "1", env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"})
 
 
 def test_fuzz_arguments(headers: Headers, tmp_path: Path) -> None:
     need("clang", "clang")
-    contracts = ("favor_cosh_f32_d8_m8", "exact_f32_d8", "sparse_f32_d8_b32", "hybrid_cosh_f32_d8_m8_b16")
-    folder = headers(*contracts, "linear_elu_f32_d8", "linear_softmaxqk_f32_d8")
+    folder = headers("favor_cosh_f32_d8_m8", "linear_softmaxqk_f32_d8", *SMALL)
     program = tmp_path / "fuzz"
     flags = ["-std=gnu99", "-O0", "-g", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
     probe = tmp_path / "probe.c"

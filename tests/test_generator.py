@@ -65,7 +65,7 @@ def run(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 def test_every_name_parses_back() -> None:
     every = list(contracts())
-    assert len({c.name for c in every}) == len(every) == 32 * (2 * 65 * 3 + 4 * 3 + 1 + 32 + 2 * 65 * 32) + 4 * 3
+    assert len({c.name for c in every}) == len(every) == 32 * (4 * 3 * 65 + 4 * 3 + 1 + 32 + 2 * 65 * 32) + 4 * 3
     assert len({c.hash for c in every}) == len(every)
     for contract in every:
         assert parse(contract.name) == contract
@@ -97,15 +97,21 @@ def test_odd_combinations_and_derived_values() -> None:
         ("exact_f32_d", "field 'd' = '': must be"),
         ("exact_f32_64", "field 'd' = '64': must be written d<number>"),
         ("favor_cosh_f32_m128_d64", "field 'd' = 'm128': must be written d<number>"),
-        ("favor_cosh_f32_d64", "field 'm' is missing: write favor_<cosh|exp>_f32_d<D>_m<M>"),
+        (
+            "favor_cosh_f32_d64",
+            "field 'm' is missing: write favor_<cosh|exp|trig|relu>_<f32|bf16|f16>_d<D>_[v<V>]_m<M>",
+        ),
         ("linear_taylor2_f32_d40", "field 'd' = 40: must be at most 32 with taylor2"),
         ("exact_f32_d64_m128", "field 'm128' is unknown: write exact_f32_d<D>"),
         ("exact_f32_d64_", "field '' is unknown"),
-        ("favor_f32_d64_m128", "field 'map' is missing: write favor_<cosh|exp>_f32_d<D>_m<M>"),
+        (
+            "favor_f32_d64_m128",
+            "field 'map' is missing: write favor_<cosh|exp|trig|relu>_<f32|bf16|f16>_d<D>_[v<V>]_m<M>",
+        ),
         ("sparse_f32_d64", "field 'b' is missing: write sparse_f32_d<D>_b<B>"),
         ("sparse_f32_d64_b8", "field 'b' = 8: must be a multiple of 16 from 16 to 512"),
         ("hybrid_cosh_f32_d64_b64_m128", "field 'm' = 'b64': must be written m<number>"),
-        ("favor_cos_f32_d64_m128", "field 'map' = 'cos': must be cosh or exp; did you mean 'cosh'?"),
+        ("favor_cos_f32_d64_m128", "field 'map' = 'cos': must be cosh or exp or trig or relu; did you mean 'cosh'?"),
         (
             "favour_cosh_f32_d64_m128",
             "field 'operator' = 'favour': must be favor or linear or exact or sparse or hybrid; did you mean 'favor'?",
@@ -540,8 +546,9 @@ def test_list() -> None:
     for name, operator in OPERATORS.items():
         assert operator.pattern(name) in overview
     assert "avx512" in overview and "any processor" in overview
-    lines = run("list", "favor_*_d64_m12[0-9]").stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["favor_cosh_f32_d64_m128", "favor_exp_f32_d64_m128"]
+    lines = run("list", "favor_*_f32_d64_m12[0-9]").stdout.splitlines()
+    maps = OPERATORS["favor"].maps
+    assert [line.split()[0] for line in lines] == [f"favor_{name}_f32_d64_m128" for name in maps]
     assert run("list", EXACT.name).stdout.count("needs") == len(space.space(EXACT))
 
 

@@ -455,7 +455,7 @@ TEST_LIST(nothing_to_attend_to, CAUSAL_LINEARS)
         encode(p.q.raw.data, row + d, -1 - p.q.value[row + d] * p.q.value[row + d], F32);
     EACH_WAY(k, w)
     {
-        if (k->map == ORACLE_RELU) {
+        if (k->map == ORACLE_LINEAR_RELU) {
             CHECK(problem_run(&p, w.forward) == NF_OK, "%s", w.name);
             tensor_read(&p.out);
             CHECK(p.lse[21] == 0, "%s: the sum is %g", w.name, (double)p.lse[21]);

@@ -11,10 +11,13 @@ static float *matrix_make(const kernel *k)
     return w;
 }
 
-static void sample(const kernel *k, uint64_t seed, float *w)
+static void sample(const kernel *k, uint64_t seed, uint32_t flags, float *w)
 {
     block p = block_make(k->projection_bytes(), 0);
-    CHECK(k->projection_init(p.data, seed, NULL) == NF_OK, "projection_init");
+    nf_calibration how;
+    memset(&how, 0, sizeof how);
+    how.flags = flags;
+    CHECK(k->projection_init(p.data, seed, flags ? &how : NULL) == NF_OK, "projection_init");
     CHECK(k->projection_read(p.data, w) == NF_OK, "projection_read");
     CHECK(block_intact(&p), "the projection wrote beside itself");
     block_free(&p);
@@ -31,20 +34,53 @@ static double dot(const float *a, const float *b, int dim)
 /* ---- the sampled matrix --------------------------------------------------------------------------------------------
  */
 
-/* Rows of norm sqrt(D), orthogonal within each block of D, up to rounding to bf16 (2^-9 of an entry); across blocks and
- * signs no row comes twice. */
-TEST_LIST(orthogonal, FAVORS)
+enum { UNIFORM = NF_CHI_NORMS | NF_GRAM_SCHMIDT, ALL_WAYS = NF_CHI_NORMS | NF_GRAM_SCHMIDT | NF_SIMPLEX };
+
+/* Every way to sample: within each block of D, rows at right angles, or at those of a simplex (cosine -1 / (D - 1)), up
+ * to rounding to bf16 (2^-9 of an entry); of norm sqrt(D) unless the norms are chi; across blocks and signs no row
+ * comes twice. */
+TEST_LIST(angles, FAVORS)
 {
     float *w = matrix_make(k);
-    for (uint64_t seed = 0; seed < 5; seed++) {
-        sample(k, seed, w);
-        for (int r = 0; r < k->rows; r++)
-            for (int s = r; s < k->rows; s++) {
-                const double cosine = dot(w + r * k->dim, w + s * k->dim, k->dim) / k->dim;
-                const double expected = r == s ? 1 : 0;
-                CHECK(r / k->dim != s / k->dim || fabs(cosine - expected) < 4e-3, "rows %d and %d: %.4f", r, s, cosine);
-                CHECK(r == s || fabs(cosine) < 0.999, "rows %d and %d are the same", r, s);
+    for (uint32_t flags = 0; flags <= ALL_WAYS; flags += NF_CHI_NORMS)
+        for (uint64_t seed = 0; seed < (QUICK || flags ? 2 : 5); seed++) {
+            sample(k, seed, flags, w);
+            for (int r = 0; r < k->rows; r++) {
+                const double norm = sqrt(dot(w + r * k->dim, w + r * k->dim, k->dim));
+                CHECK(flags & NF_CHI_NORMS || fabs(norm / sqrt((double)k->dim) - 1) < 4e-3,
+                      "flags %d, row %d: norm %.4f", (int)flags, r, norm);
+                for (int s = r + 1; s < k->rows; s++) {
+                    const float *other = w + s * k->dim;
+                    const double cosine = dot(w + r * k->dim, other, k->dim) / norm / sqrt(dot(other, other, k->dim));
+                    const double expected = flags & NF_SIMPLEX ? -1.0 / (k->dim - 1) : 0;
+                    CHECK(r / k->dim != s / k->dim || fabs(cosine - expected) < 4e-3, "flags %d, rows %d and %d: %.4f",
+                          (int)flags, r, s, cosine);
+                    CHECK(fabs(cosine) < 0.999, "flags %d: rows %d and %d are the same", (int)flags, r, s);
+                }
             }
+        }
+    free(w);
+}
+
+/* Chi norms: |w_r|^2 has the mean D and the variance 2 D of D squared normal numbers, each within 4.5 standard errors
+ * (kurtosis 3 + 12 / D; a right sampler fails one of these with probability 7e-6; the seeds are fixed). */
+TEST_LIST(chi_norms, FAVORS)
+{
+    const int seeds = (QUICK ? 400 : 4000) / k->rows + 1, n = seeds * k->rows;
+    const double dim = k->dim;
+    float *w = matrix_make(k);
+    for (uint32_t flags = NF_CHI_NORMS; flags <= ALL_WAYS; flags += NF_GRAM_SCHMIDT) {
+        double mean = 0, square = 0;
+        for (int i = 0; i < n; i++) {
+            if (i % k->rows == 0)
+                sample(k, (uint64_t)(i / k->rows), flags, w);
+            const float *row = w + i % k->rows * k->dim;
+            mean += (dot(row, row, k->dim) - dim) / n;
+            square += (dot(row, row, k->dim) - dim) * (dot(row, row, k->dim) - dim) / n;
+        }
+        CHECK(fabs(mean) < 4.5 * sqrt(2 * dim / n), "flags %d: mean off by %.3f of %.0f", (int)flags, mean, dim);
+        CHECK(fabs(square / (2 * dim) - 1) < 4.5 * sqrt((2 + 12 / dim) / n), "flags %d: variance %.3f, not %.0f",
+              (int)flags, square, 2 * dim);
     }
     free(w);
 }
@@ -54,13 +90,16 @@ TEST_LIST(reproducible, FAVORS)
     const size_t bytes = (size_t)(k->rows * k->dim) * sizeof(float);
     float *a = matrix_make(k), *b = matrix_make(k);
     for (uint64_t seed = 0; seed < 20; seed++) {
-        sample(k, seed, a);
-        sample(k, seed, b);
+        const uint32_t flags = seed < 4 ? 0 : seed % 8 * NF_CHI_NORMS;
+        sample(k, seed, flags, a);
+        sample(k, seed, flags, b);
         CHECK(memcmp(a, b, bytes) == 0, "seed %d twice gives two matrices", (int)seed);
-        sample(k, seed + 1, b);
+        sample(k, seed + 1, flags, b);
         CHECK(memcmp(a, b, bytes) != 0, "seeds %d and %d give one matrix", (int)seed, (int)seed + 1);
-        sample(k, seed | (uint64_t)1 << 63, b);
+        sample(k, seed | (uint64_t)1 << 63, flags, b);
         CHECK(memcmp(a, b, bytes) != 0, "the seed's high bits do not count");
+        sample(k, seed, flags ^ NF_SIMPLEX, b);
+        CHECK(memcmp(a, b, bytes) != 0, "the flags do not count");
     }
     free(a);
     free(b);
@@ -72,24 +111,34 @@ TEST_LIST(golden, FAVORS)
 {
     static const struct {
         const char *name;
+        uint32_t flags;
         uint64_t hash;
     } table[] = {
-        {"favor_cosh_f32_d64_m128", 0x80728c311ec623b1}, {"favor_exp_f32_d64_m256", 0xf9298dfe010cc8a1},
-        {"favor_cosh_f32_d48_m96", 0x693b2468577fe42f},  {"favor_cosh_f32_d80_m336", 0xa0ef45a30e2112e8},
-        {"favor_exp_f32_d256_m32", 0xa7f306c427bf1a09},  {"favor_exp_f32_d8_m8", 0x0713d5558a4d8e25},
+        {"favor_cosh_f32_d64_m128", 0, 0x80728c311ec623b1},
+        {"favor_exp_f32_d64_m256", 0, 0xf9298dfe010cc8a1},
+        {"favor_cosh_f32_d48_m96", 0, 0x693b2468577fe42f},
+        {"favor_cosh_f32_d80_m336", 0, 0xa0ef45a30e2112e8},
+        {"favor_exp_f32_d256_m32", 0, 0xa7f306c427bf1a09},
+        {"favor_exp_f32_d8_m8", 0, 0x0713d5558a4d8e25},
+        {"favor_cosh_f32_d64_m128", NF_CHI_NORMS, 0xf5082a5756344aca},
+        {"favor_cosh_f32_d64_m128", NF_GRAM_SCHMIDT, 0xa290b5ee4fc947bc},
+        {"favor_cosh_f32_d64_m128", NF_SIMPLEX, 0x235eaa7fda1e693b},
+        {"favor_cosh_f32_d48_m96", ALL_WAYS, 0x32d4f291b4ba3111},
+        {"favor_cosh_f32_d80_m336", UNIFORM, 0x058d9b92f3f59c04},
+        {"favor_exp_f32_d256_m32", ALL_WAYS, 0x41cb41f9d26891ba},
     };
     float *w = matrix_make(k);
-    sample(k, 1234, w);
     for (size_t i = 0; i < sizeof table / sizeof *table; i++)
         if (strcmp(table[i].name, k->name) == 0) {
             uint64_t hash = 0xcbf29ce484222325u;
+            sample(k, 1234, table[i].flags, w);
             for (int n = 0; n < k->rows * k->dim; n++) {
                 uint32_t bits;
                 memcpy(&bits, w + n, sizeof bits);
                 hash = (hash ^ (bits >> 16)) * 0x100000001b3u;
             }
-            CHECK(hash == table[i].hash, "%s: the matrix of seed 1234 has the hash 0x%016llx", k->name,
-                  (unsigned long long)hash);
+            CHECK(hash == table[i].hash, "%s: the matrix of seed 1234, flags %d has the hash 0x%016llx", k->name,
+                  (int)table[i].flags, (unsigned long long)hash);
         }
     free(w);
 }
@@ -97,29 +146,33 @@ TEST_LIST(golden, FAVORS)
 /* w_r . u over seeds, for a direction u (random, an axis, the diagonal): mean 0 and variance 1 within 4.5 standard
  * errors (a right sampler fails one of these with probability 7e-6; the seeds are fixed), fourth moment near that of a
  * sphere, 3 D / (D + 2) (20 %; along the axis and the diagonal and in few dimensions a rotation of signs has few
- * values). */
-static void moments_along(const kernel *k, const float *u, double spread)
+ * values), or of normal numbers, 3. Where every rotation is equally likely it too within 4.5 standard errors. */
+static void moments_along(const kernel *k, uint32_t flags, const float *u, double spread)
 {
-    const int seeds = QUICK ? 60 : 400;
+    const int seeds = QUICK ? 60 : flags & NF_GRAM_SCHMIDT ? 150 : 400;
     float *w = matrix_make(k);
-    double m1 = 0, m2 = 0, s1 = 0, s2 = 0, m4 = 0;
+    const double fourth = flags & NF_CHI_NORMS ? 3 : 3.0 * k->dim / (k->dim + 2);
+    double m1 = 0, m2 = 0, m4 = 0, s1 = 0, s2 = 0, s4 = 0;
     for (int seed = 0; seed < seeds; seed++) {
-        double x1 = 0, x2 = 0;
-        sample(k, (uint64_t)seed, w);
+        double x1 = 0, x2 = 0, x4 = 0;
+        sample(k, (uint64_t)seed, flags, w);
         for (int r = 0; r < k->rows; r++) {
             const double x = dot(w + r * k->dim, u, k->dim);
             x1 += x / k->rows;
             x2 += x * x / k->rows;
-            m4 += x * x * x * x / k->rows / seeds;
+            x4 += x * x * x * x / k->rows;
         }
         m1 += x1 / seeds, s1 += x1 * x1 / seeds;
         m2 += x2 / seeds, s2 += x2 * x2 / seeds;
+        m4 += x4 / seeds, s4 += x4 * x4 / seeds;
     }
     s1 = sqrt((s1 - m1 * m1) / seeds);
     s2 = sqrt(fmax(s2 - m2 * m2, 0) / seeds) + 1e-4; /* whole blocks have no variance but rounding */
     CHECK(fabs(m1) < 4.5 * s1, "mean %.4f, %.1f standard errors", m1, m1 / s1);
     CHECK(fabs(m2 - 1) < 4.5 * s2, "variance %.4f, %.1f standard errors off", m2, (m2 - 1) / s2);
-    CHECK(fabs(m4 / (3.0 * k->dim / (k->dim + 2)) - 1) < spread, "fourth moment %.3f", m4);
+    s4 = sqrt((s4 - m4 * m4) / seeds);
+    CHECK(fabs(m4 - fourth) < (flags & NF_GRAM_SCHMIDT ? 4.5 * s4 : spread * fourth), "fourth moment %.3f, not %.3f",
+          m4, fourth);
     free(w);
 }
 
@@ -128,13 +181,17 @@ TEST_LIST(moments, FAVORS)
     float *u = (float *)calloc((size_t)k->dim, sizeof(float));
     oracle_random random = {5};
     oracle_vector(&random, u, k->dim, 1);
-    moments_along(k, u, k->dim < 16 ? 0.4 : 0.2);
+    moments_along(k, 0, u, k->dim < 16 ? 0.4 : 0.2);
+    moments_along(k, NF_SIMPLEX, u, k->dim < 16 ? 0.4 : 0.2);
+    moments_along(k, UNIFORM, u, 0);
     memset(u, 0, (size_t)k->dim * sizeof(float));
     u[0] = 1;
-    moments_along(k, u, 0.7);
+    moments_along(k, 0, u, 0.7);
+    moments_along(k, NF_GRAM_SCHMIDT, u, 0);
+    moments_along(k, ALL_WAYS, u, 0);
     for (int d = 0; d < k->dim; d++)
         u[d] = (float)(1 / sqrt((double)k->dim));
-    moments_along(k, u, 0.7);
+    moments_along(k, 0, u, 0.7);
     free(u);
 }
 
@@ -166,12 +223,15 @@ TEST_LIST(own_matrix, FAVORS)
  */
 
 /* exp(lse) of one key is the estimate of exp(q'.k'). With iid normal W its mean is exact and its relative variance,
- * with z = |q' + k'|^2, is (e^z - 1) / M for exp and 2 (cosh z - 1) / M for cosh. 4 pairs (q, k) at once, one per head.
+ * with z = |q' + k'|^2, is (e^z - 1) / M for exp and 2 (cosh z - 1) / M for cosh; with y = |q' - k'|^2, it is e^y (1 -
+ * e^-y)^2 / M for trig. 4 pairs (q, k) at once, one per head.
  * The mean must lie within 4.5 standard errors (fails by chance with probability 7e-6 per head; the seeds are fixed);
  * the variance within 25 %, five standard errors of it or more at these z. As the same bound holds for every M among
  * the contracts, the variance falls as 1/M. */
 TEST_LIST(unbiased, FAVORS)
 {
+    if (!estimates(k))
+        return;
     enum { HEADS = 4 };
     static const double norms[HEADS] = {0.2, 0.4, 0.5, 0.6};
     const int draws = QUICK ? 300 : 20000 / (k->rows < 20 ? 4 : k->rows / 4), n = k->rows * k->dim;
@@ -188,7 +248,8 @@ TEST_LIST(unbiased, FAVORS)
         for (int d = 0; d < k->dim; d++) /* towards each other, so that the sum is not always near sqrt 2 */
             key[d] += h % 2 ? q[d] / 2 : 0;
         truth[h] = exp(scale * dot(q, key, k->dim));
-        z[h] = scale * (dot(q, q, k->dim) + dot(key, key, k->dim) + 2 * dot(q, key, k->dim));
+        z[h] = scale *
+               (dot(q, q, k->dim) + dot(key, key, k->dim) + (map_of(k) == ORACLE_TRIG ? -2 : 2) * dot(q, key, k->dim));
     }
     for (int i = 0; i < draws; i++) {
         for (int j = 0; j < n; j++)
@@ -202,7 +263,10 @@ TEST_LIST(unbiased, FAVORS)
         }
     }
     for (int h = 0; h < HEADS; h++) {
-        const double law = (k->features == k->rows ? exp(z[h]) - 1 : 2 * (cosh(z[h]) - 1)) / k->features;
+        const double law = (map_of(k) == ORACLE_TRIG   ? exp(z[h]) * pow(1 - exp(-z[h]), 2)
+                            : map_of(k) == ORACLE_COSH ? 2 * (cosh(z[h]) - 1)
+                                                       : exp(z[h]) - 1) /
+                           k->features;
         const double error = sqrt(square[h] / draws);
         CHECK(fabs(mean[h] - 1) < 4.5 * error, "z = %.2f: mean %.5f, %.1f standard errors off", z[h], mean[h],
               (mean[h] - 1) / error);
@@ -211,6 +275,88 @@ TEST_LIST(unbiased, FAVORS)
     }
     free(w);
     call_free(&c);
+}
+
+/* What the matrices of many seeds make of one pair with |q' + k'|^2 = z, relative to e^(q'k'): mean and variance over
+ * seeds, and their standard errors. flags 32: independent normal rows. */
+enum { INDEPENDENT = 32 };
+
+typedef struct spread {
+    double mean, variance, mean_error, variance_error;
+} spread;
+
+static spread estimate(const kernel *k, uint32_t flags, double z, int seeds)
+{
+    float *w = matrix_make(k), *sum = (float *)calloc((size_t)k->dim, sizeof(float));
+    double *x = oracle_doubles((size_t)seeds), fourth = 0;
+    oracle_random random = {flags + 1};
+    spread s = {0, 0, 0, 0};
+    oracle_vector(&random, sum, k->dim, sqrt(z));
+    for (int i = 0; i < seeds; i++) {
+        if (flags == INDEPENDENT)
+            for (int j = 0; j < k->rows * k->dim; j++)
+                w[j] = (float)oracle_normal(&random);
+        else
+            sample(k, (uint64_t)i, flags, w);
+        for (int r = 0; r < k->rows; r++) {
+            const double u = dot(w + r * k->dim, sum, k->dim);
+            x[i] += (k->features == k->rows ? exp(u) : cosh(u)) * exp(-z / 2) / k->rows;
+        }
+        s.mean += x[i] / seeds;
+    }
+    for (int i = 0; i < seeds; i++) {
+        const double square = (x[i] - s.mean) * (x[i] - s.mean);
+        s.variance += square / seeds;
+        fourth += square * square / seeds;
+    }
+    s.mean_error = sqrt(s.variance / seeds);
+    s.variance_error = sqrt((fourth - s.variance * s.variance) / seeds);
+    free(w);
+    free(sum);
+    free(x);
+    return s;
+}
+
+/* Uniform rotations: with chi norms the mean is exact, orthogonal or simplex; with all norms sqrt(D) it is that of a
+ * sphere of this radius, e^(-z/2) sum_n (z D)^n / (2 4 .. 2n D (D + 2) .. (D + 2n - 2)). Each within 4.5 standard
+ * errors. */
+TEST_LIST(sampled_unbiased, FAVORS)
+{
+    const int seeds = (QUICK ? 4000 : 30000) / k->rows / (k->dim > 64 ? 4 : 1) + 50;
+    const double z = 1, dim = k->dim;
+    double sphere = exp(-z / 2), term = sphere;
+    for (int n = 0; n < 20; n++) {
+        term *= z * dim / (2 * n + 2) / (dim + 2 * n);
+        sphere += term;
+    }
+    for (uint32_t flags = NF_GRAM_SCHMIDT; flags <= ALL_WAYS; flags++) {
+        const double expected = flags & NF_CHI_NORMS ? 1 : sphere;
+        spread s;
+        if ((flags & ALL_WAYS) != flags || !(flags & NF_GRAM_SCHMIDT))
+            continue;
+        s = estimate(k, flags, z, seeds);
+        CHECK(fabs(s.mean - expected) < 4.5 * s.mean_error, "flags %d: mean %.5f, not %.5f, %.1f standard errors off",
+              (int)flags, s.mean, expected, (s.mean - expected) / s.mean_error);
+    }
+}
+
+/* In 8 dimensions, where one block of rows decides: variance falls from independent to orthogonal rows, from there to
+ * norms all sqrt(D), and for exp to the simplex; each by 3 standard errors of the difference or more. */
+TEST_LIST(variance_order, FAVORS)
+{
+    const int seeds = QUICK ? 4000 : 20000;
+    const uint32_t ways[4] = {INDEPENDENT, UNIFORM, NF_GRAM_SCHMIDT, NF_GRAM_SCHMIDT | NF_SIMPLEX};
+    spread s[4];
+    if (k->dim != 8)
+        return;
+    for (int i = 0; i < 4; i++) {
+        s[i] = estimate(k, ways[i], 0.5, seeds);
+        if (i == 0 || (i == 3 && k->features != k->rows)) /* cosh: a row and its negative are far from a simplex */
+            continue;
+        CHECK(s[i - 1].variance - s[i].variance > 3 * hypot(s[i - 1].variance_error, s[i].variance_error),
+              "flags %d: variance %.4f +- %.4f; flags %d: %.4f +- %.4f", (int)ways[i - 1], s[i - 1].variance,
+              s[i - 1].variance_error, (int)ways[i], s[i].variance, s[i].variance_error);
+    }
 }
 
 /* ---- calibration ---------------------------------------------------------------------------------------------------
@@ -246,6 +392,8 @@ static nf_calibration sample_of(const call *c)
 /* Every flag and tau: the kernel computes what the definition says. */
 TEST_LIST(calibrated, FAVORS)
 {
+    if (!estimates(k))
+        return;
     static const struct {
         float tau;
         uint32_t flags;
@@ -280,6 +428,8 @@ TEST_LIST(calibrated, FAVORS)
 /* tau = 1 that keeps means and channels is no calibration. */
 TEST_LIST(neutral, FAVORS)
 {
+    if (!estimates(k))
+        return;
     const shape s = {.q_tokens = 90, .norm = 3, .seed = 3};
     call c = call_make(k, s);
     nf_calibration none = sample_of(&c);
@@ -292,9 +442,36 @@ TEST_LIST(neutral, FAVORS)
     call_free(&c);
 }
 
+/* Without a sample there is tempering alone, and only if asked for; the rows are sampled by the flags. */
+TEST_LIST(tempered, FAVORS)
+{
+    static const float tau[2] = {0, 0.8f};
+    for (int i = 0; i < 2; i++) {
+        const shape s = {.q_tokens = 70, .norm = 2, .seed = 3};
+        call c = call_make(k, s);
+        nf_calibration from = sample_of(&c);
+        oracle_calibration definition =
+            oracle_calibrate(from.q, 1, 0, from.k, 1, 0, k->dim, i ? (double)tau[i] : 1, 0, 1);
+        memset(definition.q_mean, 0, (size_t)k->dim * sizeof(double));
+        memset(definition.k_mean, 0, (size_t)k->dim * sizeof(double));
+        memset(&from, 0, sizeof from);
+        from.tau = tau[i];
+        from.flags = ALL_WAYS | (i ? NF_KEEP_MEAN : 0);
+        call_project(&c, 3, &from);
+        c.calibration = &definition;
+        call_reference(&c, 0);
+        CHECK(call_run(&c, k->forward) == NF_OK, "forward");
+        CHECK(call_error(&c, 0) <= tolerance(10), "tau %g: error %.3g", (double)tau[i], call_error(&c, 0));
+        oracle_calibration_free(&definition);
+        call_free(&c);
+    }
+}
+
 /* A calibrated kernel keeps the other promises: its state goes on, token by token. */
 TEST_LIST(calibrated_state, FAVORS)
 {
+    if (!estimates(k))
+        return;
     const shape s = {.q_tokens = 60, .norm = 2, .seed = 3};
     call c = call_make(k, s);
     nf_calibration from;
@@ -333,21 +510,22 @@ TEST_LIST(projection_per_head, FAVORS)
     const size_t stride = (k->projection_bytes() + NF_ALIGN - 1) / NF_ALIGN * NF_ALIGN + NF_ALIGN;
     call c = call_make(k, s);
     block both = block_make(2 * stride, 0);
-    double *ref[2];
+    double *ref[2], *ratio[2];
     for (uint64_t i = 0; i < 2; i++) {
         call_project(&c, 50 + i, NULL);
         CHECK(k->projection_init(both.data + i * stride, 50 + i, NULL) == NF_OK, "projection_init");
         call_reference(&c, 0);
-        ref[i] = c.ref;
-        c.ref = NULL;
+        ref[i] = c.ref, ratio[i] = c.ratio;
+        c.ref = c.ratio = NULL;
         free(c.ref_lse);
     }
-    c.ref = ref[0];
+    c.ref = ref[0], c.ratio = ratio[0];
     c.ref_lse = NULL;
     for (int64_t row = 0; row < 2 * 4 * 40; row++)
         if (row / 40 % 4 >= 2)
-            memcpy(ref[0] + row * k->dim, ref[1] + row * k->dim, (size_t)k->dim * sizeof(double));
-    free(ref[1]);
+            memcpy(ref[0] + row * k->dim, ref[1] + row * k->dim, (size_t)k->dim * sizeof(double)),
+                ratio[0][row] = ratio[1][row];
+    free(ref[1]), free(ratio[1]);
     c.a.projection = both.data;
     c.a.projection_stride = stride;
     c.a.lse = NULL;
@@ -363,6 +541,8 @@ TEST_LIST(projection_per_head, FAVORS)
 /* Large key means and uneven channels: the calibrated estimate is at least twice as near to exact softmax. */
 TEST_LIST(calibration_helps, FAVORS)
 {
+    if (!estimates(k))
+        return;
     const int64_t n = 128;
     double error[2] = {0, 0};
     for (uint64_t seed = 0; seed < 5; seed++) {

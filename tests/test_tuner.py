@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from generator import UsageError, inputs, quality, report  # noqa: E402
+from generator import UsageError, inputs, projections, quality, report  # noqa: E402
 
 CC = os.environ.get("CC") or shutil.which("cc") or "gcc"
 INCLUDE = [f"-I{ROOT / folder}" for folder in ("bench", "tests", "include")]
@@ -356,3 +356,32 @@ def test_quality_compares_at_equal_cost() -> None:
     for ways, tokens, d in ((quality.SYNTHETIC, 2048, 64), (quality.REAL, 384, 32)):
         costs = [quality.cost(way, tokens, d) for way in ways]
         assert max(costs) < 1.3 * min(costs)
+
+
+def test_projections_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With next to no logits left, attention is the mean for every seed; drawn rows scatter, more of them less."""
+    np = pytest.importorskip("numpy")
+    monkeypatch.setattr(quality, "OUTPUT", tmp_path)
+    contracts = ["favor_cosh_f32_d8_m16", "favor_cosh_f32_d8_m256"]
+    dice = np.random.default_rng(1)
+    q, k, v = (dice.normal(size=(64, 2, 8)).astype(np.float32) for _ in range(3))
+    case = quality.Case("case", 1, q / 2, k / 2, v, ())
+    loaded = quality.library(contracts)
+    few, many = (quality.Kernel(loaded, c) for c in contracts)
+    ways = {
+        "mean": projections.Way("", fit=True, tau=0.001, flags=projections.KEEP_MEAN),
+        "normal": projections.Way("", "normal"),
+        "sampled": projections.Way("", flags=projections.SIMPLEX),
+        "favor++": projections.Way("", "favor++", flags=projections.CHI_NORMS),
+    }
+    bias, spread = ({}, {})
+    for name, way in ways.items():
+        for size, kernel in (("few", few), ("many", many)):
+            bias[name, size], spread[name, size] = map(float, projections.judge(way, case, kernel).split(" / "))
+    average = np.cumsum(v.astype(np.float64), axis=0) / np.arange(1, 65)[:, None, None]
+    truth = [quality.softmax(case.q[:, h], case.k[:, h], v[:, h])[32:] for h in range(2)]
+    expected = np.mean([quality.distance(average[32:, h], truth[h]) for h in range(2)])
+    assert spread["mean", "few"] < 0.002 and abs(bias["mean", "few"] - expected) < 0.002
+    for name in ("normal", "sampled", "favor++"):
+        assert spread[name, "few"] > 0.05 and spread[name, "many"] < spread[name, "few"] / 2
+        assert bias[name, "many"] < 0.1

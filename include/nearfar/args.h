@@ -16,6 +16,10 @@
 
 struct nf_plan;
 
+/* What args->eps may be: anything (nobody looks at it); 0; also positive under the full mask; positive by default. */
+enum { NF_EPS_IGNORED, NF_EPS_NONE, NF_EPS_FULL, NF_EPS_ALWAYS };
+#define NF_EPS_DEFAULT 1e-3f
+
 /* What the common code must know of a contract. */
 typedef struct nf_contract {
     uint64_t hash;                                    /* FNV-1a of the contract's name */
@@ -27,6 +31,7 @@ typedef struct nf_contract {
     size_t projection;                                /* bytes of one projection; 0: takes none */
     float default_scale;                              /* 1/sqrt(D), or 1 */
     int decays, full_only;                            /* takes decay and flags; takes no causal mask */
+    int32_t eps;                                      /* NF_EPS_... */
     nf_status (*check_pattern)(struct nf_plan *plan); /* of operators over a pattern */
 } nf_contract;
 
@@ -48,7 +53,7 @@ typedef struct nf_unit {
     int64_t q_stride, k_stride, v_stride, out_stride; /* elements from token to token */
     int64_t q_head, out_head, lse_head;               /* elements from query head to query head */
     int64_t group;                                    /* query heads that share the kv head */
-    float scale, decay;
+    float scale, decay, eps;
     int32_t mask;
     uint32_t flags;
     const void *projection;
@@ -239,6 +244,8 @@ NF_UNUSED static uint64_t nf_state_hash(const nf_plan *p, int64_t unit)
     if (p->contract->projection) {
         const char *projection = (const char *)a->projection + (size_t)(unit % a->kv_heads) * a->projection_stride;
         hash = nf_hash(((const nf_projection_head *)(const void *)projection)->hash, &a->scale, sizeof a->scale);
+        if (a->eps > 0)
+            hash = nf_hash(hash, &a->eps, sizeof a->eps);
     }
     if (p->contract->block) {
         const int64_t pattern[3] = {p->window, p->globals, (int64_t)a->pattern->flags};
@@ -266,7 +273,22 @@ static nf_status nf_check_decay(const nf_args *a)
     return NF_OK;
 }
 
-/* Sizes, heads, mask, scale, decay and packing; fills in the defaults. Reads no tensor. */
+/* The number added to the features. */
+static nf_status nf_check_eps(const nf_contract *c, nf_args *a)
+{
+    const int full = a->mask == NF_FULL && !a->state;
+    if (c->eps == NF_EPS_IGNORED)
+        a->eps = 0;
+    else if (!nf_finite(a->eps) || (a->eps != 0 && !(a->eps >= 1e-9f && a->eps <= 1)))
+        return NF_E_EPS;
+    else if (a->eps > 0 && (c->eps == NF_EPS_NONE || (c->eps == NF_EPS_FULL && !full)))
+        return NF_E_EPS;
+    else if (a->eps == 0 && c->eps == NF_EPS_ALWAYS)
+        a->eps = NF_EPS_DEFAULT;
+    return NF_OK;
+}
+
+/* Sizes, heads, mask, scale, decay, eps and packing; fills in the defaults. Reads no tensor. */
 static nf_status nf_check_shape(const nf_contract *c, const nf_args *args, nf_plan *p)
 {
     nf_args *a = &p->args;
@@ -295,6 +317,8 @@ static nf_status nf_check_shape(const nf_contract *c, const nf_args *args, nf_pl
         return NF_E_SCALE;
     if (a->scale == 0)
         a->scale = c->default_scale;
+    if (nf_check_eps(c, a) != NF_OK)
+        return NF_E_EPS;
     p->group = a->heads / a->kv_heads;
     if (a->cu_tokens) {
         if (!nf_aligned(a->cu_tokens, sizeof(int32_t)))
@@ -360,6 +384,8 @@ static nf_status nf_check_projection(const nf_plan *p)
             (const nf_projection_head *)(const void *)((const char *)a->projection + (size_t)h * a->projection_stride);
         if (head->magic != NF_MAGIC_PROJECTION || head->abi != NF_CORE_ABI || head->contract != p->contract->hash)
             return NF_E_PROJECTION;
+        if (head->calibrated && a->eps > 0)
+            return NF_E_EPS;
     }
     return NF_OK;
 }
@@ -502,6 +528,8 @@ NF_UNUSED static nf_status nf_check_backward(const nf_contract *c, const nf_args
     const size_t sums = (size_t)(status == NF_OK ? a->batch * a->heads * a->q_tokens : 0) * sizeof(float);
     if (status == NF_OK && a->state)
         status = NF_E_STATE;
+    if (status == NF_OK && a->eps > 0 && c->eps == NF_EPS_FULL)
+        status = NF_E_EPS;
     if (status != NF_OK || (status = nf_check_inputs(p, &m)) != NF_OK)
         return status;
     for (int i = 0; i < 2; i++) {
@@ -567,7 +595,7 @@ static nf_unit nf_unit_at(const nf_plan *p, int64_t unit, nf_unit_grads *grads)
         u.v = NF_AT(const char *, a->v, h);
     }
     u.group = p->group;
-    u.scale = a->scale;
+    u.scale = a->scale, u.eps = a->eps;
     u.decay = nf_decay(p, unit);
     u.mask = a->mask;
     u.flags = a->flags;

@@ -57,13 +57,16 @@ extern "C" {
     X(NF_E_BLOCKS, -21, \
       "block must be the contract's, offsets rise from 0 to block_count over all queries, blocks rise within the " \
       "keys") \
-    X(NF_E_DECAY, -22, "every decay must be finite and not above 0, and decay needs the causal mask")
+    X(NF_E_DECAY, -22, "every decay must be finite and not above 0, and decay needs the causal mask") \
+    X(NF_E_EPS, -23, \
+      "eps must be 0, or from 1e-9 to 1 with an uncalibrated projection: of relu, or of exp with NF_FULL, without a " \
+      "state, in a forward")
 
 typedef enum nf_status {
 #define NF_STATUS_ENUM(name, value, text) name = value,
     NF_STATUS_LIST(NF_STATUS_ENUM)
 #undef NF_STATUS_ENUM
-        NF_STATUS_COUNT = 23
+        NF_STATUS_COUNT = 24
 } nf_status;
 
 /* The sentence that belongs to a status. */
@@ -152,6 +155,7 @@ typedef struct nf_args {
     const float *decay;        /* linear, causal: [kv_heads] natural log of what a token's distance of 1 leaves of its
                                   weight, at most 0; NULL: 0 for all */
     uint32_t flags;            /* linear: NF_UNNORMALISED */
+    float eps;                 /* added to features: of favor_relu, 0 = 1e-3; of favor_exp, 0 = not; others take 0 */
 } nf_args;
 
 #define NF_UNNORMALISED 1u /* out_i = sum_j A_ij v_j, not divided by sum_j A_ij */
@@ -165,19 +169,23 @@ typedef struct nf_grads {
     nf_output dq, dk, dv;
 } nf_grads;
 
-/* A sample of one head's queries and keys (rows of D floats), from which a projection is fitted to the head: the means
- * are taken out (exact: softmax does not see them), the channels of q and k are balanced by Psi, and the logits are
- * tempered by tau^2, which trades bias for variance. Zero fields are defaults. */
+/* How a projection is made. A sample of one head's queries and keys (rows of D floats; NULL and 0 tokens: none) fits it
+ * to the head: the means are taken out (exact: softmax does not see them), the channels of q and k are balanced by Psi,
+ * and the logits are tempered by tau^2, which trades bias for variance. Flags choose how the rows are sampled. Zero
+ * fields are defaults. */
 typedef struct nf_calibration {
     const float *q, *k;         /* finite, up to 1e15 */
     int64_t q_tokens, k_tokens; /* rows of each sample */
     int64_t q_stride, k_stride; /* elements from row to row; 0 = D */
-    float tau;                  /* [0.001, 1]; 0 = 0.7, 1 = no tempering */
-    uint32_t flags;             /* NF_KEEP_MEAN, NF_KEEP_CHANNELS */
+    float tau;                  /* [0.001, 1]; 0 = 0.7 with a sample, otherwise 1, no tempering */
+    uint32_t flags;             /* NF_KEEP_MEAN .. NF_SIMPLEX */
 } nf_calibration;
 
 #define NF_KEEP_MEAN 1u     /* calibration: do not centre q and k */
 #define NF_KEEP_CHANNELS 2u /* calibration: do not balance the channels */
+#define NF_CHI_NORMS 4u     /* sampling: norms as of normal vectors, no bias; 0: all sqrt(D), less variance */
+#define NF_GRAM_SCHMIDT 8u  /* sampling: uniform rotations by Gram-Schmidt; 0: by signs and Hadamard transforms */
+#define NF_SIMPLEX 16u      /* sampling: each D rows form a simplex; 0: they are orthogonal */
 #define NF_KEEP_F32 1u      /* projection_from: do not round the matrix to bf16 */
 
 /* A projection of one contract: this head, then the matrix and the calibration, opaque to the caller. */
@@ -185,15 +193,16 @@ typedef struct nf_projection_head {
     uint32_t magic, abi;
     uint64_t contract; /* hash of the contract's name */
     uint64_t hash;     /* of everything that shapes the features */
-    uint32_t reserved[10];
+    uint32_t calibrated;
+    uint32_t reserved[9];
 } nf_projection_head;
 
 /* A state: one nf_state_head, then for every batch entry (or sequence) and kv head an nf_state_unit followed by what
  * the operator carries. Far field, float R[M], z[M], S[M][D]: feature r holds z = sum_j 2^(l_jr - R) and S = sum_j
  * 2^(l_jr - R) v_j over the keys j seen so far, l the base-2 exponent of the key's feature and R a whole number (-1e30
- * while no key was seen; linear: 0, but for softmaxqk), all of it fading with the decay up to the last key. Near field,
- * float K[rows][D], V[rows][D], rows = globals + ring: the first tokens, then the token at position p in row globals +
- * p % ring. */
+ * while no key was seen; linear: 0, but for softmaxqk), all of it fading with the decay up to the last key; of trig and
+ * relu 2^(l_j - R) f_jr, f the feature and l_j, R the same for all features (relu: 0). Near field, float K[rows][D],
+ * V[rows][D], rows = globals + ring: the first tokens, then the token at position p in row globals + p % ring. */
 typedef struct nf_state_head {
     uint32_t magic, abi;
     uint64_t contract;
@@ -206,7 +215,8 @@ typedef struct nf_state_unit {
     uint64_t hash;  /* of projection, scale, decay and pattern */
     int64_t tokens; /* tokens seen so far */
     float decay;    /* of linear */
-    uint32_t reserved[11];
+    float mass;     /* trig: sum_j 2^(l_j - R), l_j the exponent that all features of key j share */
+    uint32_t reserved[10];
 } nf_state_unit;
 
 /* One way to run a kernel. Variants of one kernel are interchangeable; a variant run where supported() is 0 returns

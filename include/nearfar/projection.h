@@ -35,6 +35,51 @@ static float nf_to_bf16(float x)
     return x;
 }
 
+/* The root of a whole number, rounded down. */
+static int64_t nf_whole_root(int64_t x)
+{
+    int64_t root = (int64_t)nf_sqrt((double)x);
+    while (root * root > x)
+        root--;
+    while ((root + 1) * (root + 1) <= x)
+        root++;
+    return root;
+}
+
+#define NF_UNIT 16777216 /* 1 in whole numbers: 2^24, exact in a float */
+
+/* True with probability e^(-x / 2^32): how often does a falling run of random numbers end after an even number?
+ * (Forsythe and von Neumann.) */
+static int nf_chance(uint64_t *counter, uint32_t x)
+{
+    for (int even = 1;; even = !even) {
+        const uint32_t y = (uint32_t)(nf_random(counter) >> 32);
+        if (y >= x)
+            return even;
+        x = y;
+    }
+}
+
+/* A normal number in units of 2^-24, by comparisons alone, so the same everywhere (Karney 2016, algorithm N). */
+static int64_t nf_normal(uint64_t *counter)
+{
+    for (;;) {
+        const uint32_t half = 0x80000000u;
+        int64_t whole = 0, left, part, chance;
+        while (nf_chance(counter, half)) /* e^(-whole / 2), then to e^(-whole^2 / 2) */
+            whole++;
+        for (left = whole * (whole - 1); left > 0 && nf_chance(counter, half); left--)
+            ;
+        part = (int64_t)(nf_random(counter) >> 40);
+        chance = part * (2 * whole * NF_UNIT + part) / (2 * whole + 2) / 65536;
+        if (left == 0)
+            for (left = whole + 1; left > 0 && nf_chance(counter, (uint32_t)chance); left--)
+                ;
+        if (left == 0)
+            return nf_random(counter) >> 63 ? -whole * NF_UNIT - part : whole * NF_UNIT + part;
+    }
+}
+
 /* In place: the Hadamard transform of every block of x, in whole numbers. */
 static void nf_hadamard(int32_t *x, int dim, int block)
 {
@@ -47,47 +92,121 @@ static void nf_hadamard(int32_t *x, int dim, int block)
             }
 }
 
-/* Rows of random rotations, norm sqrt(dim): rounds of permutation, random signs and (blockwise) Hadamard transform
- * (orthogonal random features, Yu et al. 2016, section 4), in whole numbers: exactly orthogonal, the same everywhere.
- */
-static void nf_sample(const nf_projection_shape *shape, uint64_t seed, float *w)
+enum { NF_MOST_DIM = 256 };
+
+/* The first rows of a random rotation in whole numbers, and what all dim rows sum up to; returns the square of a row's
+ * norm. Rounds of permutation, random signs and (blockwise) Hadamard transform (orthogonal random features, Yu et al.
+ * 2016, section 4): exactly orthogonal. */
+static double nf_rotation_hadamard(float *w, int rows, int dim, uint64_t *counter, int64_t *sum)
 {
-    enum { MOST = 256, ROUNDS = 6 };
-    const int dim = shape->dim, block = dim & -dim, rounds = block == dim ? 3 : ROUNDS;
-    double square = dim; /* of the factor that makes a row's norm sqrt(dim) */
-    float unit;
-    for (int k = 0; k < rounds; k++)
-        square /= block;
-    unit = (float)nf_sqrt(square);
+    enum { ROUNDS = 6 };
+    const int block = dim & -dim, rounds = block == dim ? 3 : ROUNDS;
+    int16_t from[ROUNDS][NF_MOST_DIM];
+    int32_t sign[ROUNDS][NF_MOST_DIM];
+    double square = 1;
+    for (int k = 0; k < rounds; k++) {
+        square *= block;
+        for (int d = 0; d < dim; d++) {
+            from[k][d] = (int16_t)d;
+            sign[k][d] = nf_random(counter) >> 63 ? -1 : 1;
+        }
+        for (int d = dim - 1; d > 0; d--) {
+            const int other = (int)(nf_random(counter) % (uint64_t)(d + 1));
+            const int16_t t = from[k][d];
+            from[k][d] = from[k][other];
+            from[k][other] = t;
+        }
+    }
+    for (int r = 0; r <= rows; r++) { /* after the rows, their sum: the image of ones */
+        int32_t x[NF_MOST_DIM] = {0}, y[NF_MOST_DIM];
+        for (int d = 0; d < dim; d++)
+            x[d] = r == rows || r == d;
+        for (int k = 0; k < rounds; k++) {
+            for (int d = 0; d < dim; d++)
+                y[d] = x[from[k][d]] * sign[k][d];
+            memcpy(x, y, sizeof x);
+            nf_hadamard(x, dim, block);
+        }
+        for (int d = 0; d < dim; d++)
+            if (r < rows)
+                w[r * dim + d] = (float)x[d];
+            else
+                sum[d] = x[d];
+    }
+    return square;
+}
+
+/* Take out of x its shares of the rows of w, and bring it to norm 2^24; returns the norm that was left. */
+static int64_t nf_orthonormal(int64_t *x, const float *w, int rows, int dim)
+{
+    int64_t square = 0, norm;
+    for (int r = 0; r < rows; r++, w += dim) {
+        int64_t dot = 0;
+        for (int d = 0; d < dim; d++)
+            dot += x[d] * (int64_t)w[d];
+        for (int d = 0; d < dim; d++)
+            x[d] -= dot / NF_UNIT * (int64_t)w[d] / NF_UNIT;
+    }
+    for (int d = 0; d < dim; d++)
+        square += x[d] * x[d];
+    norm = nf_whole_root(square);
+    for (int d = 0; d < dim; d++)
+        x[d] = x[d] * NF_UNIT / (norm + !norm);
+    return norm;
+}
+
+/* The same by Gram-Schmidt of normal vectors, where every rotation is equally likely, in whole numbers too. What is
+ * left of a vector may be short and rounded: the second time leaves nothing of that. */
+static double nf_rotation_gram_schmidt(float *w, int rows, int dim, uint64_t *counter, int64_t *sum)
+{
+    const int64_t missing = nf_whole_root((int64_t)(dim - rows) * NF_UNIT * NF_UNIT);
+    memset(sum, 0, (size_t)dim * sizeof *sum);
+    for (int r = 0; r < rows + (rows < dim); r++) { /* the sum of the rows that are missing: one more direction */
+        int64_t x[NF_MOST_DIM];
+        do {
+            for (int d = 0; d < dim; d++)
+                x[d] = nf_normal(counter);
+        } while (nf_orthonormal(x, w, r, dim) < NF_UNIT / 1024);
+        nf_orthonormal(x, w, r, dim);
+        for (int d = 0; d < dim; d++) {
+            sum[d] += r < rows ? x[d] : x[d] * missing / NF_UNIT;
+            if (r < rows)
+                w[r * dim + d] = (float)x[d];
+        }
+    }
+    return (double)NF_UNIT * NF_UNIT;
+}
+
+/* Rows of random rotations, rotation after rotation. With NF_SIMPLEX the rows of each point to the corners of a simplex
+ * around 0 (simplex random features, Reid et al. 2023): less their mean, they do. Norms: sqrt(dim), or with
+ * NF_CHI_NORMS those of normal vectors. */
+static void nf_sample(const nf_projection_shape *shape, uint64_t seed, uint32_t flags, float *w)
+{
+    const int dim = shape->dim;
     for (int first = 0; first < shape->rows; first += dim) {
-        int16_t from[ROUNDS][MOST];
-        int32_t sign[ROUNDS][MOST];
+        const int rows = shape->rows - first < dim ? shape->rows - first : dim;
+        float *block = w + first * dim;
+        int64_t sum[NF_MOST_DIM];
         uint64_t counter = seed;
+        double square;
         counter = nf_random(&counter) + (uint64_t)(first / dim);
         counter = nf_random(&counter);
-        for (int k = 0; k < rounds; k++) {
+        square = flags & NF_GRAM_SCHMIDT ? nf_rotation_gram_schmidt(block, rows, dim, &counter, sum)
+                                         : nf_rotation_hadamard(block, rows, dim, &counter, sum);
+        if (flags & NF_SIMPLEX)
+            square *= (double)dim * (dim - 1);
+        for (int r = 0; r < rows; r++) {
+            double norm = dim;
+            float unit;
+            for (int d = 0; d < dim && (flags & NF_CHI_NORMS); d++) {
+                const double x = (double)nf_normal(&counter) / NF_UNIT;
+                norm = (d ? norm : 0) + x * x;
+            }
+            unit = (float)nf_sqrt(norm / square);
             for (int d = 0; d < dim; d++) {
-                from[k][d] = (int16_t)d;
-                sign[k][d] = nf_random(&counter) >> 63 ? -1 : 1;
+                const int64_t x = (int64_t)block[r * dim + d];
+                block[r * dim + d] = nf_to_bf16((float)(flags & NF_SIMPLEX ? x * dim - sum[d] : x) * unit);
             }
-            for (int d = dim - 1; d > 0; d--) {
-                const int other = (int)(nf_random(&counter) % (uint64_t)(d + 1));
-                const int16_t t = from[k][d];
-                from[k][d] = from[k][other];
-                from[k][other] = t;
-            }
-        }
-        for (int r = first; r < shape->rows && r < first + dim; r++) {
-            int32_t x[MOST] = {0}, y[MOST];
-            x[r - first] = 1;
-            for (int k = 0; k < rounds; k++) {
-                for (int d = 0; d < dim; d++)
-                    y[d] = x[from[k][d]] * sign[k][d];
-                memcpy(x, y, sizeof x);
-                nf_hadamard(x, dim, block);
-            }
-            for (int d = 0; d < dim; d++)
-                w[r * dim + d] = nf_to_bf16((float)x[d] * unit);
         }
     }
 }
@@ -115,10 +234,11 @@ static nf_status nf_check_sample(const float *x, int64_t tokens, int64_t stride,
 
 static nf_status nf_check_calibration(const nf_projection_shape *shape, const nf_calibration *c)
 {
-    nf_status status = nf_check_sample(c->q, c->q_tokens, c->q_stride, shape->dim);
-    if (status == NF_OK)
+    const int none = !c->q && !c->k && !c->q_tokens && !c->k_tokens;
+    nf_status status = none ? NF_OK : nf_check_sample(c->q, c->q_tokens, c->q_stride, shape->dim);
+    if (status == NF_OK && !none)
         status = nf_check_sample(c->k, c->k_tokens, c->k_stride, shape->dim);
-    if (status == NF_OK && (!nf_finite(c->tau) || (c->tau != 0 && c->tau < 1e-3f) || c->tau > 1 || c->flags > 3))
+    if (status == NF_OK && (!nf_finite(c->tau) || (c->tau != 0 && c->tau < 1e-3f) || c->tau > 1 || c->flags > 31))
         status = NF_E_VALUE;
     return status;
 }
@@ -141,11 +261,12 @@ static void nf_moments(const float *x, int64_t tokens, int64_t stride, int64_t d
 static float nf_calibrate(const nf_projection_shape *shape, const nf_calibration *c, float *fit)
 {
     const int dim = shape->dim;
-    const double tau = !c ? 1 : c->tau > 0 ? (double)c->tau : 0.7;
+    const int sample = c && c->q;
+    const double tau = c && c->tau > 0 ? (double)c->tau : sample ? 0.7 : 1;
     double constant = 0;
     for (int d = 0; d < dim; d++) {
         double q_mean = 0, k_mean = 0, q_square = 0, k_square = 0, psi = 1, lost = 0;
-        if (c) {
+        if (sample) {
             nf_moments(c->q, c->q_tokens, c->q_stride ? c->q_stride : dim, d, &q_mean, &q_square);
             nf_moments(c->k, c->k_tokens, c->k_stride ? c->k_stride : dim, d, &k_mean, &k_square);
             lost = k_square * (1 - tau * tau * tau * tau);
@@ -197,6 +318,7 @@ static void nf_projection_finish(const nf_projection_shape *shape, void *project
     head->magic = NF_MAGIC_PROJECTION;
     head->abi = NF_CORE_ABI;
     head->contract = shape->contract;
+    head->calibrated = calibration != NULL;
     head->hash = nf_hash(shape->contract, p.w, rows * dim * sizeof(float));
     head->hash = nf_hash(head->hash, p.fit, NF_FIT_ROWS * dim * sizeof(float));
     head->hash = nf_hash(head->hash, p.constant, sizeof(float));
@@ -216,12 +338,12 @@ static nf_status nf_projection_init(const nf_projection_shape *shape, void *proj
         return NF_E_NULL;
     if (!nf_aligned(projection, NF_ALIGN))
         return NF_E_ALIGN;
-    if (status == NF_OK && c &&
+    if (status == NF_OK && c && c->q &&
         (nf_overlap(projection, bytes, c->q, nf_sample_extent(c->q_tokens, c->q_stride, shape->dim)) ||
          nf_overlap(projection, bytes, c->k, nf_sample_extent(c->k_tokens, c->k_stride, shape->dim))))
         return NF_E_OVERLAP;
     if (status == NF_OK) {
-        nf_sample(shape, seed, nf_arrays(shape, projection).w);
+        nf_sample(shape, seed, c ? c->flags : 0, nf_arrays(shape, projection).w);
         nf_projection_finish(shape, projection, calibration);
     }
     return status;
@@ -286,16 +408,20 @@ NF_INLINE float nf_whole(double x)
 }
 
 /* floor(log2 x) of a number above the limit, otherwise 0. */
-static float nf_exponent(float x, float limit)
+NF_UNUSED static float nf_exponent(float x, float limit)
 {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
     return x > limit && nf_finite(x) ? (float)((int32_t)(bits >> 23) - 127) : 0.0f;
 }
 
+/* NF_INPUT_LIMIT, in turns. */
+#define NF_TURN_LIMIT (NF_INPUT_LIMIT * 0.110317800f)
+
 /* A feature of a key beyond 2^60 of its reference ends the chunk; a sum beyond 2^16 raises the reference. A reference
  * stays a little below the key it rises to, so that the next records change nothing. */
 #define NF_KEY_LIMIT 1152921504606846976.0f
+#define NF_KEY_STEP 60.0f
 #define NF_SUM_LIMIT 65536.0f
 #define NF_REFERENCE_LAG 8.0f
 
@@ -318,7 +444,7 @@ static void nf_rescale(float *r, float *z, float *s, int m, int width, int panel
 /* Where a chunk of n keys (features key[i * stride + r] relative to the references) must end: before the first key
  * whose features leave the range. Then `fresh`, the sums over the keys times their part, is made anew. Rows before the
  * cut end up with the same bits as if the keys behind it were not there. */
-static int nf_cut(const float *key, const float *part, int stride, int m, int n, float *fresh)
+NF_UNUSED static int nf_cut(const float *key, const float *part, int stride, int m, int n, float *fresh)
 {
     int cut = n;
     if (nf_beyond(key[0], NF_KEY_LIMIT))

@@ -48,6 +48,8 @@ static void nf_far_merge(nf_state_unit *dst, const nf_state_unit *a, const nf_st
     const float left = (float)nf_exp((double)a->decay * (double)b->tokens);
     const float *x = (const float *)(const void *)(a + 1), *y = (const float *)(const void *)(b + 1);
     float *to = (float *)(void *)(dst + 1);
+    const float top = x[0] > y[0] ? x[0] : y[0];
+    dst->mass = a->mass * nf_power_of_two(x[0] - top) + b->mass * nf_power_of_two(y[0] - top);
     for (int i = 0; i < m; i++) {
         const float r = x[i] > y[i] ? x[i] : y[i];
         const float fa = left * nf_power_of_two(x[i] - r), fb = nf_power_of_two(y[i] - r);
@@ -176,7 +178,10 @@ static nf_status nf_state_merge(const nf_contract *c, void *dst, const void *a, 
         const nf_state_unit *x = (const nf_state_unit *)(const void *)((const char *)a + at);
         const nf_state_unit *y = (const nf_state_unit *)(const void *)((const char *)b + at);
         const int64_t tokens = x->tokens + y->tokens;
-        nf_far_merge(to, x, y, (int)c->features, (int)c->values);
+        if (c->features)
+            nf_far_merge(to, x, y, (int)c->features, (int)c->values);
+        else
+            to->mass = 0;
         if (c->block)
             for (int i = 0; i < 2; i++) { /* keys, values */
                 const int64_t rows = i * (ha->globals + ha->ring) * c->dim;

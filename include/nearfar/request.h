@@ -1,0 +1,31 @@
+/* ---- the permission to use Intel AMX
+ * ---------------------------------------------------------------------------------
+ *
+ * Linux gives a process its matrix tiles on demand. Nothing here asks by itself: call nf_amx_request() once, before the
+ * threads that are to use them; until then, and where there are none, kernels run their other variants.
+ */
+#ifndef NF_REQUEST_READY
+#define NF_REQUEST_READY
+
+#if defined(__x86_64__) && defined(__linux__)
+#define NF_AMX_GRANTED 0x1022 /* of arch_prctl: the parts of the processor's state that were granted */
+#define NF_AMX_WANTED 0x1023
+NF_UNUSED static long nf_amx_permission(long code, unsigned long argument)
+{
+    long result;
+    __asm__ volatile("syscall" : "=a"(result) : "a"(158L), "D"(code), "S"(argument) : "rcx", "r11", "memory");
+    return result;
+}
+#endif
+
+/* Has the process the permission now? */
+NF_UNUSED static int nf_amx_request(void)
+{
+#ifdef NF_AMX_WANTED
+    return nf_amx_permission(NF_AMX_WANTED, 18) == 0;
+#else
+    return 0;
+#endif
+}
+
+#endif /* NF_REQUEST_READY */
