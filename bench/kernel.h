@@ -207,12 +207,8 @@ static inline void kernel_inputs(const kernel *k, oracle_kind kind, double norm,
     float *as_wide = k->v == k->d ? v : kernel_floats(kv_rows * k->d);
     oracle_random random = {seed};
     oracle_inputs(kind, norm, 0, seed, k->d, q_rows, kv_rows, q, key, as_wide);
-    for (int64_t n = 0; k->map == ORACLE_IDENTITY && n < (q_rows > kv_rows ? q_rows : kv_rows) * k->d; n++) {
-        if (n < q_rows * k->d)
-            q[n] = fabsf(q[n]); /* features: sums of signed weights divide badly */
-        if (n < kv_rows * k->d)
-            key[n] = fabsf(key[n]);
-    }
+    oracle_positive(k->map, q, q_rows * k->d);
+    oracle_positive(k->map, key, kv_rows * k->d);
     if (as_wide == v)
         return;
     for (int64_t j = 0; j < kv_rows; j++)

@@ -203,11 +203,8 @@ static inline void call_fill(call *c, shape s)
             const uint64_t seed = s.seed + 1000 * (uint64_t)b + (uint64_t)h;
             oracle_inputs(s.kind, s.norm, (double)s.scale, seed, c->k->dim, group * n, m, (float *)(void *)q.data,
                           (float *)(void *)k.data, (float *)(void *)v.data);
-            for (int64_t i = 0; i < (group * n + m) * c->k->dim && c->k->map == ORACLE_IDENTITY; i++) {
-                float *x =
-                    i < m * c->k->dim ? (float *)(void *)k.data + i : (float *)(void *)q.data + i - m * c->k->dim;
-                *x = fabsf(*x); /* features that the caller made: a sum of signed weights divides badly */
-            }
+            oracle_positive(c->k->map, (float *)(void *)q.data, group * n * c->k->dim);
+            oracle_positive(c->k->map, (float *)(void *)k.data, m * c->k->dim);
             for (int64_t i = 0; i < group * n; i++)
                 memcpy(row_at(a->q, b, i % n, h * group + i / n), q.data + (size_t)i * row, row);
             for (int64_t j = 0; j < m; j++) {

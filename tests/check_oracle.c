@@ -4,7 +4,7 @@
 
 #include <stdio.h>
 
-enum { D = 8, ROWS = 12, TOKENS = 60, QUERIES = 50, WAYS = 128 };
+enum { D = 8, ROWS = 12, TOKENS = 60, QUERIES = 50, WAYS = 128 /* of the operators on softmax; behind them linear */ };
 
 static float q[TOKENS * D], k[TOKENS * D], v[TOKENS * D], w[ROWS * D];
 static oracle_calibration calibration;
@@ -22,13 +22,22 @@ static oracle_head head_of(int way, int64_t queries, int64_t tokens)
 {
     static const int32_t listed[] = {3, 17, 18}, offsets[] = {0, 0, 1, 3, 3, 5, 6, 6, 8},
                          keys[] = {0, 0, 1, 1, 3, 5, 0, 7};
-    const int features = way & 1, patterned = way >> 1 & 1;
+    const int linear = way >= WAYS ? 1 + (way - WAYS) / 8 : 0; /* a map, then mask, normaliser, decay or scale */
+    const int features = !linear && way & 1, patterned = way >> 1 & 1;
     oracle_pattern pattern;
     oracle_head h;
     memset(&h, 0, sizeof h);
     memset(&pattern, 0, sizeof pattern);
     h.q_tokens = queries, h.kv_tokens = tokens, h.dim = D;
     h.q = q, h.k = k, h.v = v;
+    if (linear) {
+        h.map = (oracle_map)(ORACLE_ELU + linear - 1);
+        h.full = (way & 1) || h.map == ORACLE_SOFTMAXQK;
+        h.unnormalised = way >> 1 & 1;
+        h.decay = way & 4 && !h.full ? -0.1 : 0;
+        h.scale = way & 4 ? 0.6 : 0;
+        return h;
+    }
     h.full = (way >> 2 & 1) && !(features && patterned);
     if (h.full)
         h.q_tokens = tokens = queries < tokens ? queries : tokens, h.kv_tokens = tokens;
@@ -70,7 +79,7 @@ static double loss_of(const oracle_head *h, const float *dout, const float *dlse
 {
     static double out[TOKENS * D], lse[TOKENS];
     double sum = 0;
-    oracle_pairs(h, out, lse);
+    (oracle_is_linear(h) ? oracle_linear : oracle_pairs)(h, out, lse);
     for (int64_t i = 0; i < h->q_tokens; i++) {
         sum += lse[i] > -INFINITY ? (double)dlse[i] * lse[i] : 0;
         for (int d = 0; d < D; d++)
@@ -138,34 +147,48 @@ static double gradients_agree(int way, int norm)
     return size > 0 ? worst / size : INFINITY;
 }
 
-static void inputs(oracle_kind kind, double norm)
+/* positive: away from the bends of maps and from sums that come close to 0. */
+static void inputs(oracle_kind kind, double norm, int positive)
 {
     float *const all[] = {q, k, v};
     oracle_inputs(kind, norm, 0, 7, D, QUERIES, TOKENS, q, k, v);
     for (int t = 0; t < 3; t++)
         for (int i = 0; i < TOKENS * D; i++)
             all[t][i] = (float)rint((double)all[t][i] * 65536) / 65536;
+    for (int i = 0; i < TOKENS * D && positive; i++)
+        q[i] = fabsf(q[i]) + 0.0625f, k[i] = fabsf(k[i]) + 0.0625f;
     calibration = oracle_calibrate(q, QUERIES, 0, k, TOKENS, 0, D, 0, 0, 0);
 }
 
 int main(void)
 {
     oracle_random r = {5};
-    double sums = 0, gradients = 0;
+    double sums = 0, gradients = 0, linear = 0;
     for (int i = 0; i < ROWS; i++)
         oracle_vector(&r, w + i * D, D, 3);
     for (int kind = 0; kind < ORACLE_KINDS; kind++) {
-        inputs((oracle_kind)kind, 40);
+        inputs((oracle_kind)kind, 40, 0);
         for (int way = 0; way < WAYS; way++)
             sums = fmax(sums, sums_agree(way));
         oracle_calibration_free(&calibration);
     }
     for (int norm = 1; norm <= 4; norm += 3) {
-        inputs(ORACLE_GAUSS, norm);
+        inputs(ORACLE_GAUSS, norm, 0);
         for (int way = 0; way < WAYS; way++)
             gradients = fmax(gradients, gradients_agree(way, norm));
         oracle_calibration_free(&calibration);
     }
-    printf("sums %g, gradients %g\n", sums, gradients);
-    return sums < 1e-10 && gradients < 1e-8 ? 0 : 1;
+    for (int positive = 0; positive < 2; positive++)
+        for (int way = WAYS; way < WAYS + 8 * (ORACLE_MAPS - ORACLE_ELU); way++) {
+            inputs(ORACLE_GAUSS, 1, positive);
+            for (int i = 0; i < TOKENS * D && !positive; i++) { /* signed: no input within a step of 0 */
+                q[i] += q[i] < 0 ? -0.0625f : 0.0625f;
+                k[i] += k[i] < 0 ? -0.0625f : 0.0625f;
+            }
+            if (positive || head_of(way, QUERIES, TOKENS).map != ORACLE_IDENTITY)
+                linear = fmax(linear, gradients_agree(way, 1));
+            oracle_calibration_free(&calibration);
+        }
+    printf("sums %g, gradients %g, of linear %g\n", sums, gradients, linear);
+    return sums < 1e-10 && gradients < 1e-8 && linear < 1e-8 ? 0 : 1;
 }

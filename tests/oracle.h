@@ -1001,4 +1001,12 @@ ORACLE_FN void oracle_inputs(oracle_kind kind, double norm, double scale, uint64
     }
 }
 
+/* Inputs as an operator takes them: features that the caller made are positive; a sum of signed weights divides badly.
+ */
+ORACLE_FN void oracle_positive(oracle_map map, float *x, int64_t count)
+{
+    for (int64_t i = 0; i < count && map == ORACLE_IDENTITY; i++)
+        x[i] = fabsf(x[i]);
+}
+
 #endif /* ORACLE_H */

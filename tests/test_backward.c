@@ -150,6 +150,20 @@ static double gradient_error(nf_input t, const double *ref, int64_t batch, int64
     return worst > 0 ? worst / size : 0;
 }
 
+/* linear: the size of a term of dq or dk, dout . v / sum_j A_ij times what A_ij changes by with the other point. */
+static double linear_terms(const reverse *r, double dout_v, double q, double k)
+{
+    const nf_args *a = &r->c.a;
+    const oracle_head o = head_at(&r->c, 0, 0, 0, a->q_tokens);
+    const double scale = oracle_scale(&o), point = fmax(q, k) + (o.map == ORACLE_ELU ? sqrt((double)o.dim) : 0);
+    double least = INFINITY;
+    for (int64_t n = 0; n < a->batch * a->heads * a->q_tokens; n++)
+        least = r->g.lse[n] > 0 ? fmin(least, (double)r->g.lse[n]) : least;
+    return o.map == ORACLE_SOFTMAXQK
+               ? dout_v
+               : dout_v / least * scale * point * (o.map == ORACLE_TAYLOR2 ? 1 + scale * q * k : 1);
+}
+
 /* The worst of dq, dk and dv. The terms of dq are dout . v times scale k, through features scale (w + q'). */
 static double reverse_error(const reverse *r)
 {
@@ -159,8 +173,9 @@ static double reverse_error(const reverse *r)
     const double s = sqrt(a->scale > 0 ? (double)a->scale : 1 / sqrt((double)dim));
     const double q = longest(a->q, a->batch, n, a->heads, dim), k = longest(a->k, a->batch, m, kv_heads(a), dim);
     const double dout = longest(r->g.dout, a->batch, n, a->heads, dim);
-    const double terms = dout * longest(a->v, a->batch, m, kv_heads(a), dim) * s *
-                         (s * fmax(q, k) + (r->c.k->features ? sqrt((double)dim) : 0));
+    const double dout_v = dout * longest(a->v, a->batch, m, kv_heads(a), dim);
+    const double terms = r->c.k->map ? linear_terms(r, dout_v, q, k)
+                                     : dout_v * s * (s * fmax(q, k) + (r->c.k->features ? sqrt((double)dim) : 0));
     const double dq = gradient_error(readable(r->g.dq), r->rq, a->batch, n, a->heads, dim, terms);
     const double dk = gradient_error(readable(r->g.dk), r->rk, a->batch, m, kv_heads(a), dim, terms);
     const double dv = gradient_error(readable(r->g.dv), r->rv, a->batch, m, kv_heads(a), dim, dout);
