@@ -13,13 +13,12 @@
 #define NF_AMX __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16")))
 #define NF_IF_AMX(function) function
 
-/* Has the process the permission (bit 18)? */
+/* Has the process the permission (bit 18)? Every processor with these tiles has the parts of AVX-512 used here. */
 NF_UNUSED static int nf_supports_amx(void)
 {
     unsigned long granted = 0;
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512bw") &&
-           nf_amx_permission(NF_AMX_GRANTED, (unsigned long)(uintptr_t)&granted) == 0 && (granted >> 18 & 1);
+    return nf_supports_avx512() && nf_amx_permission(NF_AMX_GRANTED, (unsigned long)(uintptr_t)&granted) == 0 &&
+           (granted >> 18 & 1);
 }
 
 /* A product of tiles that is to be summed up: rows of A, rows of B, and how deep (in 32s). Strides in elements. */
@@ -111,6 +110,16 @@ NF_INLINE NF_AMX void nf_amx_product(float *c, int c_stride, int rows, int cols,
     }
     for (int j = 0; i < rows && j < cols; j++)
         nf_amx_block(c, c_stride, 1, 1, terms, count, i, j, add);
+}
+
+/* The largest of 16 floats. */
+NF_INLINE NF_AMX float nf_amx_max(__m512 x)
+{
+    const __m256 high = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 1));
+    const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(x), high);
+    __m128 y = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
 }
 
 /* 16 floats as bf16. */
