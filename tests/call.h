@@ -429,9 +429,15 @@ static inline double larger(double a, double b)
     return a >= b ? a : b < INFINITY ? b : INFINITY;
 }
 
+/* How much a row's sum cancels; 1 where the reference was not made by call_reference. */
+static inline double row_ratio(const call *c, int64_t row)
+{
+    return c->ratio ? c->ratio[row] : 1;
+}
+
 static inline double row_scale(const call *c, int64_t row)
 {
-    return oracle_row_scale(c->ref + row * c->k->dim, c->k->dim, c->ratio[row], c->v_norm);
+    return oracle_row_scale(c->ref + row * c->k->dim, c->k->dim, row_ratio(c, row), c->v_norm);
 }
 
 /* The largest error over the rows [first, q_tokens): |out - ref| relative to row_scale, and of lse relative to max(1,
@@ -451,7 +457,7 @@ static inline double call_error(const call *c, int64_t first)
                     sum += pow((double)out[d] - c->ref[row * dim + d], 2);
                 worst = larger(worst, sqrt(sum) / row_scale(c, row));
                 if (a->lse && (double)a->lse[row] != c->ref_lse[row]) /* equal: both -inf */
-                    worst = larger(worst, fabs((double)a->lse[row] - c->ref_lse[row]) / c->ratio[row] /
+                    worst = larger(worst, fabs((double)a->lse[row] - c->ref_lse[row]) / row_ratio(c, row) /
                                               fmax(1, fabs(c->ref_lse[row])));
             }
     return worst;

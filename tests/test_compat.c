@@ -322,7 +322,7 @@ TEST_LIST(collapse, FAVORS)
 /* ---- what is refused -----------------------------------------------------------------------------------------------
  */
 
-TEST_EACH(refused)
+TEST_LIST(refused, CAUSALS)
 {
     const shape s = {.heads = 2, .q_tokens = 20, .full = takes(k, (shape){.full = 1}), .norm = 2, .seed = 1};
     static const float bad[] = {-1e-4f, 1e-10f, 1.5f, NAN, INFINITY};
