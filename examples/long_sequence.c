@@ -12,7 +12,9 @@
 #include <string.h>
 #include <time.h>
 
+#ifndef NEARFAR_FORWARD_ONLY
 #define NEARFAR_FORWARD_ONLY
+#endif
 #define NEARFAR_IMPLEMENTATION
 #include "nf_favor_cosh_f32_d64_m256_cpu.h"
 

@@ -8,7 +8,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifndef NEARFAR_FORWARD_ONLY
 #define NEARFAR_FORWARD_ONLY
+#endif
 #define NEARFAR_IMPLEMENTATION
 #include "nf_favor_cosh_f32_d64_m256_cpu.h"
 

@@ -25,8 +25,7 @@ class Number:
     optional: bool = False
 
     def __str__(self) -> str:
-        text = f"{self.letter}<{self.letter.upper()}>"
-        return f"[{text}]" if self.optional else text
+        return f"{self.letter}<{self.letter.upper()}>"
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,8 @@ class Operator:
     def pattern(self, name: str) -> str:
         """How the operator's contracts are written: favor_<cosh|exp>_f32_d<D>_m<M>."""
         words = [one_of(choices) for choices in (self.maps, self.dtypes) if choices]
-        return "_".join([name, *words, *map(str, self.numbers)])
+        numbers = (f"[_{n}]" if n.optional else f"_{n}" for n in self.numbers)
+        return "_".join([name, *words]) + "".join(numbers)
 
 
 D = Number("d", "head dim", "a multiple of 8 from 8 to 256", tuple(range(8, 257, 8)))

@@ -82,12 +82,12 @@ class Variant:
 # The tuning space: the register tiles of each target and the tokens per chunk that go with each (for exact: tokens of a
 # query block and of a key block). The first of a target is its default.
 CPU: dict[str, dict[str, tuple[int, ...]]] = {
-    "amx": {"32x2": (64, 128, 256)},  # two rows of two tiles
     "avx512": {"8x2": (32, 64, 128), "12x2": (96,), "8x3": (48, 96), "4x4": (64, 128)},
     "avx2": {"6x2": (48, 96), "4x3": (48, 96), "4x2": (32, 64), "8x1": (32, 64)},
     "neon": {"4x4": (32, 64), "8x2": (32, 64), "6x4": (48, 96)},
     "c": {"1x1": (1,)},  # token by token, without tiles
 }
+FAVOR = {"amx": {"32x2": (64, 128, 256)}} | CPU  # amx: two rows of two tiles
 # An exact kernel reads every key again for each block of queries (a few chunks at 64 dims): large blocks first.
 EXACT = CPU | {
     "avx512": {"8x2": (64, 128, 32), "12x2": (96,), "8x3": (96, 48), "4x4": (128, 64)},
@@ -114,7 +114,7 @@ GPU = {
 GPU_EXACT = {"simt": {"4x1": (32, 16), "4x2": (32, 16), "4x4": (16,), "8x1": (32, 16)}}
 SPACE = {
     **{
-        ("favor", "cpu"): CPU,
+        ("favor", "cpu"): FAVOR,
         ("linear", "cpu"): CPU,
         ("exact", "cpu"): EXACT,
         ("sparse", "cpu"): EXACT,

@@ -99,14 +99,14 @@ def test_odd_combinations_and_derived_values() -> None:
         ("favor_cosh_f32_m128_d64", "field 'd' = 'm128': must be written d<number>"),
         (
             "favor_cosh_f32_d64",
-            "field 'm' is missing: write favor_<cosh|exp|trig|relu>_<f32|bf16|f16>_d<D>_[v<V>]_m<M>",
+            "field 'm' is missing: write favor_<cosh|exp|trig|relu>_<f32|bf16|f16>_d<D>[_v<V>]_m<M>",
         ),
         ("linear_taylor2_f32_d40", "field 'd' = 40: must be at most 32 with taylor2"),
         ("exact_f32_d64_m128", "field 'm128' is unknown: write exact_f32_d<D>"),
         ("exact_f32_d64_", "field '' is unknown"),
         (
             "favor_f32_d64_m128",
-            "field 'map' is missing: write favor_<cosh|exp|trig|relu>_<f32|bf16|f16>_d<D>_[v<V>]_m<M>",
+            "field 'map' is missing: write favor_<cosh|exp|trig|relu>_<f32|bf16|f16>_d<D>[_v<V>]_m<M>",
         ),
         ("sparse_f32_d64", "field 'b' is missing: write sparse_f32_d<D>_b<B>"),
         ("sparse_f32_d64_b8", "field 'b' = 8: must be a multiple of 16 from 16 to 512"),
@@ -196,7 +196,7 @@ def test_variants_of_a_gpu() -> None:
         (FAVOR.name, "simt_c8_r16x1_s64", "1024 threads of a block must be a multiple of 32 up to 512"),
         (FAVOR.name, "simt_c64_r4x1_s64", "bytes of shared memory, at most 65536"),
         ("favor_cosh_f32_d64_m512", "simt_c8_r2x1_s64", "128 threads with 256 floats of the state each"),
-        ("sparse_f32_d64_b64", "simt_c16_r4x1", "cuda has kernels of favor and exact"),
+        ("sparse_f32_d64_b64", "simt_c16_r4x1", "cuda has favor and exact in f32"),
         (FAVOR.name, "avx2_c48_r6x2", "field 'target' = 'avx2': must be simt"),
     ],
 )

@@ -32,7 +32,7 @@ KERNELS_H = """\
 #define FAULTS(X) {faults}
 #include "faulty.h"
 #define NF_TOOL "test"
-#define NF_KERNELS(X) X(nf_faulty_cpu, "faulty_d8", exact, none, 8, 0, 0, 0)
+#define NF_KERNELS(X) X(nf_faulty_cpu, "faulty_d8", exact, none, f32, 8, 8, 0, 0, 0)
 #define nf_faulty_cpu_CODES(X) {codes}
 #endif
 """

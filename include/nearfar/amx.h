@@ -116,7 +116,8 @@ NF_INLINE NF_AMX void nf_amx_product(float *c, int c_stride, int rows, int cols,
 NF_INLINE NF_AMX float nf_amx_max(__m512 x)
 {
     const __m256 high = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 1));
-    const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(x), high);
+    const __m256 low = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 0));
+    const __m256 half = _mm256_max_ps(low, high);
     __m128 y = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     y = _mm_max_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));

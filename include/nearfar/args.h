@@ -10,7 +10,7 @@
 #else
 #define NF_BOTH __attribute__((unused)) static
 #endif
-#define NF_INLINE NF_BOTH inline __attribute__((always_inline))
+#define NF_INLINE static inline __attribute__((always_inline, unused))
 
 #define NF_MAGIC_PROJECTION 0x5046524eu /* "NRFP" */
 #define NF_MAGIC_STATE 0x5346524eu      /* "NRFS" */
@@ -170,12 +170,12 @@ NF_BOTH float nf_lse(float den, double exponent, double shift)
     return den;
 }
 
-NF_INLINE int nf_aligned(const void *p, size_t alignment)
+NF_BOTH inline int nf_aligned(const void *p, size_t alignment)
 {
     return ((uintptr_t)p & (alignment - 1)) == 0;
 }
 
-NF_INLINE int nf_finite(float x)
+NF_BOTH inline int nf_finite(float x)
 {
     uint32_t bits;
     __builtin_memcpy(&bits, &x, sizeof bits);
@@ -183,7 +183,7 @@ NF_INLINE int nf_finite(float x)
 }
 
 /* Is this the lse of a query that saw no key, -inf? Told from the bits, as everything about NaN and inf. */
-NF_INLINE int nf_unseen(float lse)
+NF_BOTH inline int nf_unseen(float lse)
 {
     uint32_t bits;
     __builtin_memcpy(&bits, &lse, sizeof bits);
@@ -191,7 +191,7 @@ NF_INLINE int nf_unseen(float lse)
 }
 
 /* x > limit >= 0, or x is NaN; told from the bits, so that no compiler flag changes the answer. */
-NF_INLINE int nf_beyond(float x, float limit)
+NF_BOTH inline int nf_beyond(float x, float limit)
 {
     uint32_t a, b;
     __builtin_memcpy(&a, &x, sizeof a);

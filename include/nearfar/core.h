@@ -33,7 +33,7 @@ extern "C" {
     X(NF_E_HEADS, -3, "heads must be a multiple of kv_heads") \
     X(NF_E_TOKENS, -4, "causal and decode need kv_tokens >= q_tokens; decode with a state needs kv_tokens = q_tokens") \
     X(NF_E_OVERFLOW, -5, "a product of sizes and strides exceeds the address range") \
-    X(NF_E_STRIDE, -6, "a stride is negative, below the head dim, or lets rows of out overlap") \
+    X(NF_E_STRIDE, -6, "a stride is negative, below a row (the head dim; of v and out the value dim), or lets rows of out overlap") \
     X(NF_E_SCALE, -7, "scale must be from 0 to 1e30 (0 means 1/sqrt(D))") \
     X(NF_E_MASK, -8, \
       "mask must be NF_CAUSAL or NF_FULL; decode, hybrid and a state with a window are causal only, softmaxqk is " \
@@ -200,7 +200,7 @@ typedef struct nf_projection_head {
 } nf_projection_head;
 
 /* A state: one nf_state_head, then for every batch entry (or sequence) and kv head an nf_state_unit followed by what
- * the operator carries. Far field, float R[M], z[M], S[M][D]: feature r holds z = sum_j 2^(l_jr - R) and S = sum_j
+ * the operator carries. Far field, float R[M], z[M], S[M][V]: feature r holds z = sum_j 2^(l_jr - R) and S = sum_j
  * 2^(l_jr - R) v_j over the keys j seen so far, l the base-2 exponent of the key's feature and R a whole number (-1e30
  * while no key was seen; linear: 0, but for softmaxqk), all of it fading with the decay up to the last key; of trig and
  * relu 2^(l_j - R) f_jr, f the feature and l_j, R the same for all features (relu: 0). Near field, float K[rows][D],

@@ -118,7 +118,7 @@ static double nf_rotation_hadamard(float *w, int rows, int dim, uint64_t *counte
         }
     }
     for (int r = 0; r <= rows; r++) { /* after the rows, their sum: the image of ones */
-        int32_t x[NF_MOST_DIM] = {0}, y[NF_MOST_DIM];
+        int32_t x[NF_MOST_DIM] = {0}, y[NF_MOST_DIM] = {0};
         for (int d = 0; d < dim; d++)
             x[d] = r == rows || r == d;
         for (int k = 0; k < rounds; k++) {
@@ -395,13 +395,13 @@ static nf_status nf_projection_read(const nf_projection_shape *shape, const void
 }
 
 /* A key's norm, cut off at 2^22 (where only absurd means in a calibration lead); NaN passes. */
-NF_INLINE double nf_limit(double norm)
+NF_BOTH inline double nf_limit(double norm)
 {
     return norm > 4194304.0 ? 4194304.0 : norm < -4194304.0 ? -4194304.0 : norm;
 }
 
 /* floor(x) of a norm (below 2^23, see the row), or NaN. */
-NF_INLINE float nf_whole(double x)
+NF_BOTH inline float nf_whole(double x)
 {
     const float near = (float)x;
     const double whole = nf_finite(near) ? (double)(int32_t)x : 0;

@@ -18,7 +18,7 @@ NF_UNUSED static long nf_amx_permission(long code, unsigned long argument)
 }
 #endif
 
-/* Has the process the permission now? */
+/* Asks Linux for the tiles, for the whole process. 1: granted, now or before; 0: there are none here. */
 NF_UNUSED static int nf_amx_request(void)
 {
 #ifdef NF_AMX_WANTED
