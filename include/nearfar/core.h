@@ -33,7 +33,8 @@ extern "C" {
     X(NF_E_HEADS, -3, "heads must be a multiple of kv_heads") \
     X(NF_E_TOKENS, -4, "causal and decode need kv_tokens >= q_tokens; decode with a state needs kv_tokens = q_tokens") \
     X(NF_E_OVERFLOW, -5, "a product of sizes and strides exceeds the address range") \
-    X(NF_E_STRIDE, -6, "a stride is negative, below a row (the head dim; of v and out the value dim), or lets rows of out overlap") \
+    X(NF_E_STRIDE, -6, \
+      "a stride is negative, below a row (the head dim; of v and out the value dim), or lets rows of out overlap") \
     X(NF_E_SCALE, -7, "scale must be from 0 to 1e30 (0 means 1/sqrt(D))") \
     X(NF_E_MASK, -8, \
       "mask must be NF_CAUSAL or NF_FULL; decode, hybrid and a state with a window are causal only, softmaxqk is " \
