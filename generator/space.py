@@ -87,7 +87,8 @@ CPU: dict[str, dict[str, tuple[int, ...]]] = {
     "neon": {"4x4": (32, 64), "8x2": (32, 64), "6x4": (48, 96)},
     "c": {"1x1": (1,)},  # token by token, without tiles
 }
-FAVOR: dict[str, dict[str, tuple[int, ...]]] = {"amx": {"32x2": (64, 128, 256)}} | CPU  # amx: two rows of two tiles
+AMX: dict[str, dict[str, tuple[int, ...]]] = {"amx": {"32x2": (64, 128, 256)}}  # two rows of two tiles
+FAVOR = AMX | CPU
 # An exact kernel reads every key again for each block of queries (a few chunks at 64 dims): large blocks first.
 EXACT = CPU | {
     "avx512": {"8x2": (64, 128, 32), "12x2": (96,), "8x3": (96, 48), "4x4": (128, 64)},
