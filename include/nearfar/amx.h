@@ -38,6 +38,7 @@ NF_INLINE NF_AMX void nf_amx_begin(void)
     tiles.palette = 1;
     for (int i = 0; i < 8; i++)
         tiles.bytes[i] = 64, tiles.rows[i] = 16;
+    __asm__ volatile("" : : "r"(&tiles) : "memory"); /* GCC 12 believes that only 8 bytes of it are read */
     _tile_loadconfig(&tiles);
 }
 
