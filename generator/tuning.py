@@ -313,7 +313,7 @@ def tuned_recipes(
 def baselines(recipes: list[Recipe], backend: str) -> list[Recipe]:
     """exact at every head dim at which something is compared with it and it is not there yet; with the variants that
     were chosen for another head dim, if there is one: the baseline must not be the only one that was not tuned."""
-    wanted = dict.fromkeys(Contract("exact", "", r.contract.dtype, r.contract.d) for r in recipes)
+    wanted = dict.fromkeys(Contract("exact", "", "f32", r.contract.d) for r in recipes)
     missing = [c for c in wanted if c not in [r.contract for r in recipes]]
     alike = next((r for r in recipes if r.contract.operator == "exact"), None)
     return [replace(alike, contract=c) for c in missing] if alike else shipped(missing, backend)
