@@ -39,6 +39,7 @@ SMALL = (
     *("exact_f32_d8", "sparse_f32_d8_b32", "hybrid_cosh_f32_d8_m8_b16"),
 )
 HALVES = ("linear_identity_f16_d32_v80", "linear_elu_bf16_d40_v64")
+WIDE = ("favor_cosh_f32_d32_m128", "linear_softmaxqk_f32_d40", "exact_f32_d40")
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,13 @@ BUILDS = {
     "address and undefined, gcc": Build(
         "gcc", f"-O0 {SANITIZE}", topics=("accuracy", "state", "linear", "backward", "arguments")
     ),
-    "address and undefined, clang": Build("clang", f"-O0 {SANITIZE}", topics=("state", "pattern", "arguments")),
-    "fast-math": Build("gcc", "-O3 -ffast-math", topics=VALUES),
+    "address and undefined, clang": Build(
+        "clang", f"-O0 {SANITIZE}", topics=("state", "pattern", "arguments"), contracts=(*SMALL, *HALVES)
+    ),
+    "fast-math": Build("gcc", "-O3 -ffast-math", topics=VALUES, contracts=(*SMALL, *WIDE)),
     "fast-math, clang": Build("clang", "-O3 -ffast-math", topics=VALUES, contracts=SMALL),
-    "native": Build("gcc", "-O3 -march=native", topics=("accuracy", "backward:inputs")),
-    "no optimisation": Build("gcc", "-O0", topics=("accuracy",)),
+    "native": Build("gcc", "-O3 -march=native", topics=("accuracy", "backward:inputs"), contracts=(*SMALL, *WIDE)),
+    "no optimisation": Build("gcc", "-O0", topics=("accuracy",), contracts=SMALL),
     "neon": Build(
         ARM,
         "-O2 -static",

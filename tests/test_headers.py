@@ -73,7 +73,7 @@ def compile_source(compiler: str, standard: str, source: str, headers: Headers, 
     run(
         compiler,
         f"-std={standard}",
-        "-O2",
+        "-O0" if "clang" in compiler else "-O2",  # what clang warns of does not depend on it
         *strict,
         *flags,
         "-I",
@@ -89,7 +89,7 @@ def compile_source(compiler: str, standard: str, source: str, headers: Headers, 
 @pytest.mark.parametrize("compiler, standard, name", MATRIX)
 def test_compiles(compiler: str, standard: str, name: str, headers: Headers, tmp_path: Path) -> None:
     need(compiler, PACKAGES[compiler])
-    flags = (["-O1"] if name in LARGE else []) if standard in FULL else ["-fsyntax-only"]
+    flags = (["-O1"] if name in LARGE and "clang" not in compiler else []) if standard in FULL else ["-fsyntax-only"]
     compile_source(compiler, standard, SOURCES[name], headers, tmp_path / "a.o", *flags)
 
 
