@@ -1,6 +1,6 @@
 /* One contract's header, compiled once: the table through which the tests reach it. The build says -DCONTRACT=<name>,
- * -DBACKEND=cuda or hip to run a GPU's header in the executor, -DFEATURES where the contract has any, and -DNO_BACKWARD
- * where it has none. */
+ * -DBACKEND=cuda or hip to run a GPU's header in the executor, -DFEATURES where the contract has any, -DNO_BACKWARD and
+ * -DNO_STATE where it has none. */
 #define TEXT(name) #name
 #define NAME(name) TEXT(name)
 #define PASTE(a, b, c) a##b##c
@@ -18,11 +18,11 @@
 
 #include "kernels.h"
 
-#if defined(BACKEND) && defined(FEATURES)
+#if defined(BACKEND) && !defined(NO_STATE)
 /* A GPU's merge asks for the sizes and the stream. */
 static nf_status merge(void *dst, const void *a, const void *b)
 {
-    nf_args args = {.heads = 1};
+    nf_args args = {.heads = 1, .mask = NF_FULL};
     args.batch = ((const nf_state_head *)a)->units;
     return K(state_merge)(&args, dst, a, b);
 }
@@ -38,7 +38,7 @@ const kernel JOIN(kernel_, CONTRACT, ) = {
 #ifndef NO_BACKWARD
     .backward = K(backward),
 #endif
-#if !defined(BACKEND) || defined(FEATURES)
+#ifndef NO_STATE
     .state_bytes = K(state_bytes),
     .state_reset = K(state_reset),
     .state_merge = merge,

@@ -39,7 +39,8 @@ typedef struct nf_contract {
     int decays, full_only;                            /* takes decay and flags; takes no causal mask */
     int32_t eps;                                      /* NF_EPS_... */
     nf_status (*check_pattern)(struct nf_plan *plan); /* of operators over a pattern */
-    int device; /* projection, state and cu_tokens lie in a GPU's memory: its kernels look at them, the host cannot */
+    int device; /* projection, state, decay and cu_tokens lie in a GPU's memory: its kernels look at them, the host
+                   cannot */
 } nf_contract;
 
 /* The backward's side of a unit, all strides resolved. */
@@ -141,7 +142,7 @@ NF_BOTH double nf_log(double x)
 }
 
 /* e^x of x <= 0 (of NaN: 0), relative error below 1e-14, without libm. */
-NF_UNUSED static double nf_exp(double x)
+NF_BOTH double nf_exp(double x)
 {
     const double y = x > -700 ? x * 1.4426950408889634 : -1010;
     const int64_t whole = -(int64_t)(0.5 - y);
@@ -152,7 +153,7 @@ NF_UNUSED static double nf_exp(double x)
         return 0;
     for (int i = 14; i > 0; i--)
         sum = 1 + sum * f / i;
-    memcpy(&power, &bits, sizeof power);
+    __builtin_memcpy(&power, &bits, sizeof power);
     return sum * power;
 }
 
@@ -289,14 +290,16 @@ NF_BOTH nf_state_unit *nf_state_at(const nf_plan *p, int64_t unit)
 }
 
 /* The decays, and the flags beside them. */
-static nf_status nf_check_decay(const nf_args *a)
+static nf_status nf_check_decay(const nf_contract *c, const nf_args *a)
 {
     if (a->flags & ~NF_UNNORMALISED)
         return NF_E_VALUE;
     if (!nf_aligned(a->decay, sizeof(float)))
         return NF_E_ALIGN;
-    for (int64_t h = 0; a->decay && h < a->kv_heads; h++)
-        if (a->mask != NF_CAUSAL || !nf_finite(a->decay[h]) || a->decay[h] > 0)
+    if (a->decay && a->mask != NF_CAUSAL)
+        return NF_E_DECAY;
+    for (int64_t h = 0; a->decay && h < a->kv_heads && !c->device; h++)
+        if (!nf_finite(a->decay[h]) || a->decay[h] > 0)
             return NF_E_DECAY;
     return NF_OK;
 }
@@ -367,7 +370,7 @@ static nf_status nf_check_shape(const nf_contract *c, const nf_args *args, nf_pl
         nf_product(nf_product(nf_product(a->batch, a->kv_heads), a->kv_tokens), (c->dim + c->values) * 8) < 0)
         return NF_E_OVERFLOW;
     if (c->block || c->decays) {
-        const nf_status status = c->block ? c->check_pattern(p) : nf_check_decay(a);
+        const nf_status status = c->block ? c->check_pattern(p) : nf_check_decay(c, a);
         if (status != NF_OK)
             return status;
     }

@@ -625,8 +625,8 @@ NF_DEVICE float nf_nan(void)
     return x;
 }
 
-/* The unit of this block; returns 0 if its projection or state is not of this call. What the host could not look at is
- * looked at here: borders out of order make a sequence of no tokens. */
+/* The unit of this block; returns 0 if its projection, decay or state is not of this call. What the host could not look
+ * at is looked at here: borders out of order make a sequence of no tokens. */
 NF_DEVICE int nf_open(const nf_work *w, nf_unit *unit)
 {
     const nf_plan *p = &w->plan;
@@ -639,6 +639,8 @@ NF_DEVICE int nf_open(const nf_work *w, nf_unit *unit)
         if (from < 0 || to < from || to > a->q_tokens)
             unit->q_tokens = unit->kv_tokens = 0;
     }
+    if (!nf_finite(unit->decay) || unit->decay > 0)
+        return 0;
     projection = (const nf_projection_head *)unit->projection;
     if (projection && (projection->magic != NF_MAGIC_PROJECTION || projection->abi != NF_CORE_ABI ||
                        projection->contract != w->contract.hash))

@@ -109,10 +109,12 @@ NF_KERNEL(NF_STATE_THREADS, 1) nf_carry(nf_work w)
     const nf_far to = nf_far_before(nf_slot_of_round(&w, w.round + 1), c);
     nf_far from;
     int64_t last;
+    float left; /* of what is before a segment, behind it */
     nf_unit u;
     nf_open(&w, &u);
     from = w.round ? nf_far_before(nf_slot_of_round(&w, w.round), c) : nf_far_state(&u, c);
     last = (u.kv_tokens + w.length - 1) / w.length - (u.mask == NF_CAUSAL); /* segments that are merged */
+    left = u.decay < 0 ? (float)nf_exp((double)u.decay * (double)w.length) : 1;
     for (int64_t e = nf_block_y() * NF_STATE_THREADS + nf_thread(); e < m * width; e += stride) {
         const int64_t r = e / width, d = e % width, at = d < c->dim ? r * c->dim + d : r;
         float reference = from.r ? from.r[r] : NF_NO_KEY, sum = 0;
@@ -125,10 +127,10 @@ NF_KERNEL(NF_STATE_THREADS, 1) nf_carry(nf_work w)
             const int merged = w.first + i < last;
             const float x = !merged ? 0 : d < c->dim ? own.s[at] : own.z[r], y = merged ? own.r[r] : reference;
             const float higher = y > reference ? y : reference;
-            *place = sum;
+            *place = sum; /* where x was */
             if (d == c->dim)
                 before.r[r] = reference;
-            sum = sum * nf_power_of_two(reference - higher) + x * nf_power_of_two(y - higher);
+            sum = sum * (left * nf_power_of_two(reference - higher)) + x * nf_power_of_two(y - higher);
             reference = higher;
         }
         *((d < c->dim ? to.s : to.z) + at) = sum;
@@ -158,6 +160,7 @@ NF_KERNEL(NF_STATE_THREADS, 1) nf_reset(nf_work w)
         nf_state_unit fresh;
         __builtin_memset(&fresh, 0, sizeof fresh);
         fresh.hash = nf_state_hash(&w.contract, p, index);
+        fresh.decay = nf_decay(&w.contract, p, index);
         *unit = fresh;
     }
     if (nf_thread() == 0 && index == 0) {
@@ -174,7 +177,8 @@ NF_KERNEL(NF_STATE_THREADS, 1) nf_reset(nf_work w)
     }
 }
 
-/* dst = a + b of one unit, which may be a or b. If these do not belong together, dst is of no call any more. */
+/* dst = a + b of one unit, a having decayed over b's tokens; dst may be a or b. If these do not belong together, dst is
+ * of no call any more. */
 NF_KERNEL(NF_STATE_THREADS, 1) nf_merge(nf_work w)
 {
     const int64_t m = w.contract.features, dim = w.contract.dim;
@@ -188,10 +192,12 @@ NF_KERNEL(NF_STATE_THREADS, 1) nf_merge(nf_work w)
     const int alike = a->hash == b->hash && ha->magic == NF_MAGIC_STATE && ha->contract == w.contract.hash &&
                       ha->units == w.plan.units && hb->magic == ha->magic && hb->contract == ha->contract &&
                       hb->units == ha->units;
+    const float left = a->decay < 0 ? (float)nf_exp((double)a->decay * (double)b->tokens) : 1;
     for (int64_t e = nf_thread(); e < m * (dim + 1); e += NF_STATE_THREADS) { /* z, S */
         const int64_t r = e < m ? e : (e - m) / dim;
         const float reference = x[r] > y[r] ? x[r] : y[r];
-        to[m + e] = x[m + e] * nf_power_of_two(x[r] - reference) + y[m + e] * nf_power_of_two(y[r] - reference);
+        to[m + e] =
+            x[m + e] * (left * nf_power_of_two(x[r] - reference)) + y[m + e] * nf_power_of_two(y[r] - reference);
     }
     nf_barrier(); /* only now may R be written, where dst is a or b */
     for (int64_t r = nf_thread(); r < m; r += NF_STATE_THREADS)
