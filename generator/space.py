@@ -32,7 +32,7 @@ class Target:
         return known and features and not (self.square and contract.v)
 
 
-GPU_KERNELS = (("f32",), ("favor", "exact"), True, True)  # what a GPU has kernels for
+GPU_KERNELS = (DTYPES, ("favor", "exact"), True, True)  # what a GPU has kernels for
 # Best first: the order of a header's variants and of the choice at run time.
 TARGETS = {
     "cpu": (
