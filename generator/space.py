@@ -32,7 +32,7 @@ class Target:
         return known and features and not (self.square and contract.v)
 
 
-GPU_KERNELS = (("f32",), ("favor", "exact"), True, True)  # what a GPU has kernels for
+GPU_KERNELS = (DTYPES, ("favor", "exact"), True, True)  # what a GPU has kernels for
 # Best first: the order of a header's variants and of the choice at run time.
 TARGETS = {
     "cpu": (
@@ -165,7 +165,7 @@ def misfit(contract: Contract, variant: Variant, target: Target) -> str | None:
     if m:
         shared = 4 * (2 * c * (m + 4) + d * (c + 4) + c * d + c * (c + 1) + 3 * m + 6 * c) + 420
     else:
-        shared = 4 * (d * (3 * c + 5) + c * (c + 9)) + 300
+        shared = 4 * (d * (3 * c + 5) + c * (c + 14)) + 600
     if d % variant.x or threads % 32 or threads > 512:
         return f"d / x * r = {threads} threads of a block must be a multiple of 32 up to 512"
     if floats > 128 or threads * (floats + 100) > 65536:
