@@ -165,7 +165,7 @@ def misfit(contract: Contract, variant: Variant, target: Target) -> str | None:
     if m:
         shared = 4 * (2 * c * (m + 4) + d * (c + 4) + c * d + c * (c + 1) + 3 * m + 6 * c) + 420
     else:
-        shared = 4 * (d * (3 * c + 5) + c * (c + 9)) + 300
+        shared = 4 * (d * (3 * c + 5) + c * (c + 14)) + 600
     if d % variant.x or threads % 32 or threads > 512:
         return f"d / x * r = {threads} threads of a block must be a multiple of 32 up to 512"
     if floats > 128 or threads * (floats + 100) > 65536:

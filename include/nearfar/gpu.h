@@ -539,7 +539,7 @@ typedef struct nf_work {
     int64_t first;  /* the launch's first segment; block (x, y) does segment first + y of unit begin + x */
     int64_t length; /* tokens of a segment */
     int64_t round;  /* rounds of segments so far */
-    int64_t count;  /* segments of a round, for which there are slots */
+    int64_t count;  /* segments of a round, for which there are slots; of operators without: blocks along y */
     float *slots;   /* the workspace */
     void *dst;      /* of a merge, from a and b */
     const void *a, *b;

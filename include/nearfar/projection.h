@@ -443,8 +443,9 @@ NF_UNUSED static void nf_rescale(float *r, float *z, float *s, int m, int width,
 }
 
 /* Where a chunk of n keys (features key[i * stride + r] relative to the references) must end: before the first key
- * whose features leave the range. Then `fresh`, the sums over the keys times their part, is made anew. Rows before the
- * cut end up with the same bits as if the keys behind it were not there. */
+ * whose features times part leave the range, as then the chunk's sums of these do, too: so whether a key ends a chunk
+ * never depends on those behind it. Then `fresh`, the sums, is made anew. Rows before the cut end up with the same bits
+ * as if the keys behind it were not there. */
 NF_UNUSED static int nf_cut(const float *key, const float *part, int stride, int m, int n, float *fresh)
 {
     int cut = n;
@@ -452,7 +453,7 @@ NF_UNUSED static int nf_cut(const float *key, const float *part, int stride, int
         return n; /* NaN from the first key on: nothing to save */
     for (int i = n - 1; i > 0; i--)
         for (int r = 0; r < m; r++)
-            if (nf_beyond(key[i * stride + r], NF_KEY_LIMIT))
+            if (nf_beyond(key[i * stride + r] * part[i], NF_KEY_LIMIT))
                 cut = i;
     for (int r = 0; r < m && cut < n; r++) {
         fresh[r] = 0;
