@@ -32,7 +32,7 @@ class Target:
         return known and features and not (self.square and contract.v)
 
 
-GPU_KERNELS = (DTYPES, ("favor", "linear", "exact"), True, True)  # what a GPU has kernels for
+GPU_KERNELS = (DTYPES, ("favor", "linear", "exact", "sparse"), True, True)  # what a GPU has kernels for
 # Best first: the order of a header's variants and of the choice at run time.
 TARGETS = {
     "cpu": (
@@ -122,7 +122,7 @@ SPACE = {
         ("hybrid", "cpu"): HYBRID,
     },
     **{(operator, backend): GPU for operator in ("favor", "linear") for backend in ("cuda", "hip")},
-    **{("exact", backend): GPU_EXACT for backend in ("cuda", "hip")},
+    **{(operator, backend): GPU_EXACT for operator in ("exact", "sparse") for backend in ("cuda", "hip")},
 }
 SEGMENT = 1024  # tokens of a segment, where an operator has a state
 

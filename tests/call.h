@@ -256,6 +256,7 @@ static inline call call_make(const kernel *k, shape s)
     c.lse = block_make((size_t)(a->batch * a->heads * a->q_tokens) * sizeof(float), s.odd ? 4 : 0);
     a->lse = (float *)(void *)c.lse.data;
     c.pattern = block_make(sizeof(nf_pattern), 0); /* left blank for operators that do not look at it */
+    simt_forget(c.pattern.data);                   /* the host's */
     a->pattern = (const nf_pattern *)(const void *)c.pattern.data;
     if (k->block)
         *(nf_pattern *)(void *)c.pattern.data = s.pattern ? *s.pattern : pattern_of(k);

@@ -1,6 +1,6 @@
 /* One contract's header, compiled once: the table through which the tests reach it. The build says -DCONTRACT=<name>,
- * -DBACKEND=cuda or hip to run a GPU's header in the executor, -DFEATURES where the contract has any, -DNO_BACKWARD and
- * -DNO_STATE where it has none. */
+ * -DBACKEND=cuda or hip to run a GPU's header in the executor, -DFEATURES where the contract has any, and -DNO_STATE,
+ * -DNO_BACKWARD where it has none. */
 #define TEXT(name) #name
 #define NAME(name) TEXT(name)
 #define PASTE(a, b, c) a##b##c
@@ -19,11 +19,14 @@
 #include "kernels.h"
 
 #if defined(BACKEND) && !defined(NO_STATE)
-/* A GPU's merge asks for the sizes and the stream. */
+/* A GPU's merge asks for the sizes, the pattern and the stream. */
 static nf_status merge(void *dst, const void *a, const void *b)
 {
-    nf_args args = {.heads = 1, .mask = NF_FULL};
-    args.batch = ((const nf_state_head *)a)->units;
+    const nf_state_head *head = (const nf_state_head *)a;
+    const nf_pattern pattern = {.window = head->ring, .globals = head->globals};
+    nf_args args = {.heads = 1, .pattern = &pattern};
+    args.batch = head->units;
+    args.mask = strstr(NAME(CONTRACT), "softmaxqk") ? NF_FULL : NF_CAUSAL;
     return K(state_merge)(&args, dst, a, b);
 }
 #elif !defined(BACKEND)

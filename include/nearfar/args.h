@@ -7,10 +7,11 @@
 /* What a GPU's kernels share with the host. */
 #if defined(__CUDACC__) || defined(__HIPCC__) || defined(__HIP__)
 #define NF_BOTH __attribute__((host, device, unused)) static
+#define NF_INLINE static inline __attribute__((host, device, always_inline, unused))
 #else
 #define NF_BOTH __attribute__((unused)) static
-#endif
 #define NF_INLINE static inline __attribute__((always_inline, unused))
+#endif
 
 #define NF_MAGIC_PROJECTION 0x5046524eu /* "NRFP" */
 #define NF_MAGIC_STATE 0x5346524eu      /* "NRFS" */
@@ -82,6 +83,7 @@ typedef struct nf_plan {
     nf_args args;
     const nf_grads *grads; /* NULL in a forward */
     int64_t group, begin, end, units;
+    nf_pattern pattern;            /* of operators over a pattern; args.pattern is the host's */
     int64_t window, globals, ring; /* as in nf_unit */
     size_t state_unit, state_bytes;
 } nf_plan;
@@ -277,7 +279,7 @@ NF_BOTH uint64_t nf_state_hash(const nf_contract *c, const nf_plan *p, int64_t u
             hash = nf_hash(hash, &a->eps, sizeof a->eps);
     }
     if (c->block) {
-        const int64_t pattern[3] = {p->window, p->globals, (int64_t)a->pattern->flags};
+        const int64_t pattern[3] = {p->window, p->globals, (int64_t)p->pattern.flags};
         hash = nf_hash(hash, pattern, sizeof pattern);
     }
     return hash;
