@@ -917,7 +917,7 @@ int main(int count, char **words)
     measure_add(&t, "{\"bench\":\"device\",\"device\":");
     measure_device_json(&t, &device);
     measure_add(&t, ",\"toolchain\":");
-    measure_string(&t, MEASURE_COMPILER);
+    measure_string(&t, device.compiler);
     line_end(&t);
     for (int i = 0; i < opt.lengths && word_in(opt.tests, "speed"); i++)
         speed_at(list, n, opt.tokens[i]);

@@ -2,7 +2,9 @@
  * (declarations; each is implemented in a file of its own) and lists
  *     NF_KERNELS(X)       X(kernel, "contract", operator, map, dtype, d, v, m, rows, b)
  *     <kernel>_CODES(X)   X("suffix", "hash of the variant's code", 1 for the shipped default of its target)
+ *     <kernel>_STATE      its functions state_bytes and state_reset, or NULL, NULL
  *     NF_TOOL             the generator's version
+ *     NF_BACKEND          "cpu", "cuda" or "hip"; NF_ON_GPU is defined where it is a GPU
  */
 #ifndef KERNEL_H
 #define KERNEL_H
@@ -103,8 +105,7 @@ NF_KERNELS(KERNEL_CODES)
      K##_decode, \
      K##_workspace, \
      K##_variants, \
-     K##_state_bytes, \
-     K##_state_reset, \
+     K##_STATE, \
      KERNEL_PROJECTION_##op(K)},
 static const kernel kernel_table[] = {NF_KERNELS(KERNEL_ROW)};
 enum { KERNELS = sizeof kernel_table / sizeof *kernel_table };
@@ -283,7 +284,7 @@ static inline int kernel_full_only(const kernel *k)
 /* Does the kernel carry a state? */
 static inline int kernel_stateful(const kernel *k)
 {
-    return k->op != EXACT;
+    return k->state_bytes != NULL;
 }
 
 /* Dense arguments for `tokens` tokens. */
