@@ -222,6 +222,7 @@ def compile_tests(topics: list[str], contracts: list[Contract], backend: str) ->
         files[f"kernel_{contract.name}.c"] = '#include "kernel.c"\n'
         flags = [f"-DCONTRACT={contract.name}", f"-DBACKEND={backend}", "-DNO_BACKWARD"]
         flags += ["-DFEATURES"] if contract.m else []
+        flags += ["-DNO_STATE"] if contract.operator == "exact" else []
         commands.append(build.object_command(cc, f"{recipe.kernel}.{ending}"))
         commands.append(build.object_command(cc, f"kernel_{contract.name}.c", *strict, *flags))
         objects += [f"{recipe.kernel}.o", f"kernel_{contract.name}.o"]

@@ -1,11 +1,6 @@
 /* One contract's header, compiled once: the table through which the tests reach it. The build says -DCONTRACT=<name>,
-<<<<<<< .merge_file_P2LWQp
- * -DBACKEND=cuda or hip to run a GPU's header in the executor, -DFEATURES where the contract has any, and -DNO_STATE,
- * -DNO_BACKWARD where it has none. */
-=======
  * -DBACKEND=cuda or hip to run a GPU's header in the executor, with -DDEVICE on a GPU (another file implements it),
- * -DFEATURES where the contract has any, and -DNO_BACKWARD where it has none. */
->>>>>>> .merge_file_uA7yOp
+ * -DFEATURES where the contract has any, and -DNO_STATE, -DNO_BACKWARD where it has none. */
 #define TEXT(name) #name
 #define NAME(name) TEXT(name)
 #define PASTE(a, b, c) a##b##c
@@ -29,18 +24,6 @@
 
 #include "kernels.h"
 
-<<<<<<< .merge_file_P2LWQp
-#if defined(BACKEND) && !defined(NO_STATE)
-/* A GPU's merge asks for the sizes, the pattern and the stream. */
-static nf_status merge(void *dst, const void *a, const void *b)
-{
-    const nf_state_head *head = (const nf_state_head *)a;
-    const nf_pattern pattern = {.window = head->ring, .globals = head->globals};
-    nf_args args = {.heads = 1, .pattern = &pattern};
-    args.batch = head->units;
-    args.mask = strstr(NAME(CONTRACT), "softmaxqk") ? NF_FULL : NF_CAUSAL;
-    return K(state_merge)(&args, dst, a, b);
-=======
 #ifdef DEVICE
 /* The tests' memory goes to the device and back with every call. */
 static nf_status fetched(nf_status status)
@@ -53,6 +36,7 @@ static nf_status fetched(nf_status status)
     return status;
 }
 
+#define ENTRY(name) name
 #define CALL(name, attend) \
     static nf_status name(const nf_args *args, void *workspace, size_t bytes) \
     { \
@@ -77,20 +61,21 @@ static const nf_variant *variants(int32_t *count)
     return table;
 }
 #else
-#define forward K(forward)
-#define decode K(decode)
-#define variants K(variants)
+#define ENTRY(name) K(name)
 #define device_args(args) *(args)
 #define device_address(p) (p)
 #define fetched(status) (status)
 #endif
 
-#if defined(BACKEND) && defined(FEATURES)
-/* A GPU's merge asks for the sizes and the stream. */
+#if defined(BACKEND) && !defined(NO_STATE)
+/* A GPU's merge asks for the sizes, the pattern and the stream. */
 static nf_status merge(void *dst, const void *a, const void *b)
 {
-    nf_args args = {.heads = 1};
-    args.batch = ((const nf_state_head *)a)->units;
+    const nf_state_head *head = (const nf_state_head *)a;
+    const nf_pattern pattern = {.window = head->ring, .globals = head->globals};
+    nf_args args = {.heads = 1, .pattern = &pattern};
+    args.batch = head->units;
+    args.mask = strstr(NAME(CONTRACT), "softmaxqk") ? NF_FULL : NF_CAUSAL;
     args = device_args(&args);
     return fetched(K(state_merge)(&args, device_address(dst), device_address(a), device_address(b)));
 }
@@ -99,25 +84,24 @@ static nf_status reset(const nf_args *args)
 {
     const nf_args there = device_args(args);
     return fetched(K(state_reset)(&there));
->>>>>>> .merge_file_uA7yOp
 }
-#elif !defined(BACKEND)
-#define merge K(state_merge)
-#define reset K(state_reset)
+#define STATE(name) name
+#else
+#define STATE(name) K(state_##name)
 #endif
 
 const kernel JOIN(kernel_, CONTRACT, ) = {
     .name = NAME(CONTRACT),
     .workspace = K(workspace),
-    .forward = forward,
-    .decode = decode,
+    .forward = ENTRY(forward),
+    .decode = ENTRY(decode),
 #ifndef NO_BACKWARD
     .backward = K(backward),
 #endif
 #ifndef NO_STATE
     .state_bytes = K(state_bytes),
-    .state_reset = reset,
-    .state_merge = merge,
+    .state_reset = STATE(reset),
+    .state_merge = STATE(merge),
 #endif
 #ifdef FEATURES
     .projection_bytes = K(projection_bytes),
@@ -125,5 +109,5 @@ const kernel JOIN(kernel_, CONTRACT, ) = {
     .projection_from = K(projection_from),
     .projection_read = K(projection_read),
 #endif
-    .variants = variants,
+    .variants = ENTRY(variants),
 };
