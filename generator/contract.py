@@ -50,8 +50,8 @@ V = Number("v", "value dim, if not the head dim", WIDE.rule, WIDE.values, option
 M = Number(
     "m",
     "features (cosh: both signs; trig: sine and cosine)",
-    "8, or a multiple of 16 up to 2048",
-    (8, *range(16, 2049, 16)),
+    "8, or a multiple of 16 up to 1024",
+    (8, *range(16, 1025, 16)),
 )
 
 B = Number("b", "block of tokens", "a multiple of 16 from 16 to 512", tuple(range(16, 513, 16)))
