@@ -1,6 +1,6 @@
 /* One contract's header, compiled once: the table through which the tests reach it. The build says -DCONTRACT=<name>,
  * -DBACKEND=cuda or hip to run a GPU's header in the executor, with -DDEVICE on a GPU (another file implements it),
- * -DFEATURES where the contract has any, and -DNO_BACKWARD where it has none. */
+ * -DFEATURES where the contract has any, and -DNO_STATE, -DNO_BACKWARD where it has none. */
 #define TEXT(name) #name
 #define NAME(name) TEXT(name)
 #define PASTE(a, b, c) a##b##c
@@ -68,12 +68,15 @@ static const nf_variant *variants(int32_t *count)
 #define fetched(status) (status)
 #endif
 
-#if defined(BACKEND) && defined(FEATURES)
-/* A GPU's merge asks for the sizes and the stream. */
+#if defined(BACKEND) && !defined(NO_STATE)
+/* A GPU's merge asks for the sizes, the pattern and the stream. */
 static nf_status merge(void *dst, const void *a, const void *b)
 {
-    nf_args args = {.heads = 1};
-    args.batch = ((const nf_state_head *)a)->units;
+    const nf_state_head *head = (const nf_state_head *)a;
+    const nf_pattern pattern = {.window = head->ring, .globals = head->globals};
+    nf_args args = {.heads = 1, .pattern = &pattern};
+    args.batch = head->units;
+    args.mask = strstr(NAME(CONTRACT), "softmaxqk") ? NF_FULL : NF_CAUSAL;
     args = device_args(&args);
     return fetched(K(state_merge)(&args, device_address(dst), device_address(a), device_address(b)));
 }
@@ -96,7 +99,7 @@ const kernel JOIN(kernel_, CONTRACT, ) = {
 #ifndef NO_BACKWARD
     .backward = K(backward),
 #endif
-#if !defined(BACKEND) || defined(FEATURES)
+#ifndef NO_STATE
     .state_bytes = K(state_bytes),
     .state_reset = reset,
     .state_merge = merge,

@@ -107,6 +107,21 @@ NF_DEVICE float nf_fma(float a, float b, float c)
     return fmaf(a, b, c);
 }
 
+/* An f16 as a float, and the f16 nearest to a float, ties to even. */
+NF_DEVICE float nf_f16_read(uint16_t half)
+{
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(half));
+    return x;
+}
+
+NF_DEVICE uint16_t nf_f16_round(float x)
+{
+    uint16_t half;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
+    return half;
+}
+
 /* Four 8 x 8 matrices of 16-bit numbers: lane 8i + j names row j of matrix i (16 aligned bytes) and gets, of each
  * matrix, numbers 2 (lane % 4) and the next of row lane / 4; transposed, of column lane / 4. */
 NF_DEVICE void nf_ldmatrix(uint32_t *r, const void *row)
@@ -281,6 +296,16 @@ NF_DEVICE float nf_fma(float a, float b, float c)
     return __builtin_fmaf(a, b, c);
 }
 
+NF_DEVICE float nf_f16_read(uint16_t half)
+{
+    return (float)__builtin_bit_cast(_Float16, half);
+}
+
+NF_DEVICE uint16_t nf_f16_round(float x)
+{
+    return __builtin_bit_cast(uint16_t, (_Float16)x);
+}
+
 /* No copies behind the program's back here: what was copied is there at once. */
 NF_DEVICE void nf_copy_async(void *to, const void *from, int given)
 {
@@ -364,6 +389,24 @@ NF_DEVICE void nf_matrix_f16(float *c, const uint32_t *a, const uint32_t *b)
 #error \
     "the implementation of a GPU header needs nvcc or hipcc (or clang -x cuda, -x hip); without it, only declarations"
 #endif
+
+/* The same of bf16, the upper half of a float. */
+NF_DEVICE float nf_bf16_read(uint16_t half)
+{
+    const uint32_t bits = (uint32_t)half << 16;
+    float x;
+    __builtin_memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+NF_DEVICE uint16_t nf_bf16_round(float x)
+{
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, sizeof bits);
+    if ((bits & 0x7fffffffu) > 0x7f800000u)
+        return (uint16_t)(bits >> 16 | 0x40); /* NaN stays NaN */
+    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
 
 /* ---- fragments: tiles of 16 x 16 on the matrix units
  * ------------------------------------------------------------------
@@ -496,7 +539,7 @@ typedef struct nf_work {
     int64_t first;  /* the launch's first segment; block (x, y) does segment first + y of unit begin + x */
     int64_t length; /* tokens of a segment */
     int64_t round;  /* rounds of segments so far */
-    int64_t count;  /* segments of a round, for which there are slots */
+    int64_t count;  /* segments of a round, for which there are slots; of operators without: blocks along y */
     float *slots;   /* the workspace */
     void *dst;      /* of a merge, from a and b */
     const void *a, *b;
@@ -582,8 +625,8 @@ NF_DEVICE float nf_nan(void)
     return x;
 }
 
-/* The unit of this block; returns 0 if its projection or state is not of this call. What the host could not look at is
- * looked at here: borders out of order make a sequence of no tokens. */
+/* The unit of this block; returns 0 if its projection, decay or state is not of this call. What the host could not look
+ * at is looked at here: borders out of order make a sequence of no tokens. */
 NF_DEVICE int nf_open(const nf_work *w, nf_unit *unit)
 {
     const nf_plan *p = &w->plan;
@@ -596,6 +639,8 @@ NF_DEVICE int nf_open(const nf_work *w, nf_unit *unit)
         if (from < 0 || to < from || to > a->q_tokens)
             unit->q_tokens = unit->kv_tokens = 0;
     }
+    if (!nf_finite(unit->decay) || unit->decay > 0)
+        return 0;
     projection = (const nf_projection_head *)unit->projection;
     if (projection && (projection->magic != NF_MAGIC_PROJECTION || projection->abi != NF_CORE_ABI ||
                        projection->contract != w->contract.hash))

@@ -204,6 +204,23 @@ SIMT_FN void simt_matrix(float *c, const uint32_t *a, const uint32_t *b, int kin
     }
 }
 
+SIMT_FN float nf_f16_read(uint16_t half)
+{
+    return simt_number(half, 0);
+}
+
+/* In units of the last place, which of subnormal numbers is 2^-24. */
+SIMT_FN uint16_t nf_f16_round(float x)
+{
+    const int sign = signbit(x) ? 0x8000 : 0;
+    int exponent;
+    if (isnan(x) || fabsf(x) >= 65536)
+        return (uint16_t)(sign | (isnan(x) ? 0x7e00 : 0x7c00));
+    (void)frexpf(x, &exponent);
+    exponent = exponent < -13 ? -13 : exponent;
+    return (uint16_t)(sign | (((exponent + 13) << 10) + (int)nearbyintf(ldexpf(fabsf(x), 11 - exponent))));
+}
+
 #define nf_ldmatrix(r, row) simt_ldmatrix(r, row, 0, __LINE__)
 #define nf_ldmatrix_transposed(r, row) simt_ldmatrix(r, row, 1, __LINE__)
 #define nf_mma_bf16_16x8(c, a, b) simt_mma(c, a, b, 1, __LINE__)
