@@ -36,6 +36,7 @@ static nf_status fetched(nf_status status)
     return status;
 }
 
+#define ENTRY(name) name
 #define CALL(name, attend) \
     static nf_status name(const nf_args *args, void *workspace, size_t bytes) \
     { \
@@ -60,9 +61,7 @@ static const nf_variant *variants(int32_t *count)
     return table;
 }
 #else
-#define forward K(forward)
-#define decode K(decode)
-#define variants K(variants)
+#define ENTRY(name) K(name)
 #define device_args(args) *(args)
 #define device_address(p) (p)
 #define fetched(status) (status)
@@ -86,23 +85,23 @@ static nf_status reset(const nf_args *args)
     const nf_args there = device_args(args);
     return fetched(K(state_reset)(&there));
 }
-#elif !defined(BACKEND)
-#define merge K(state_merge)
-#define reset K(state_reset)
+#define STATE(name) name
+#else
+#define STATE(name) K(state_##name)
 #endif
 
 const kernel JOIN(kernel_, CONTRACT, ) = {
     .name = NAME(CONTRACT),
     .workspace = K(workspace),
-    .forward = forward,
-    .decode = decode,
+    .forward = ENTRY(forward),
+    .decode = ENTRY(decode),
 #ifndef NO_BACKWARD
     .backward = K(backward),
 #endif
 #ifndef NO_STATE
     .state_bytes = K(state_bytes),
-    .state_reset = reset,
-    .state_merge = merge,
+    .state_reset = STATE(reset),
+    .state_merge = STATE(merge),
 #endif
 #ifdef FEATURES
     .projection_bytes = K(projection_bytes),
@@ -110,5 +109,5 @@ const kernel JOIN(kernel_, CONTRACT, ) = {
     .projection_from = K(projection_from),
     .projection_read = K(projection_read),
 #endif
-    .variants = variants,
+    .variants = ENTRY(variants),
 };
