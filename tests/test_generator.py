@@ -578,7 +578,11 @@ def test_committed_headers_are_what_their_recipes_make() -> None:
     [
         (["generate"], "arguments are required: CONTRACT"),
         (["generate", EXACT.name, "--backend", "sycl"], "option --backend = 'sycl': must be cpu or cuda or hip"),
-        (["tune", "--backend", "cuda"], "option --backend = 'cuda': the kernels of a GPU are not timed yet"),
+        (
+            ["tune", "--backend", "cuda", "--input", "x"],
+            "option --input = 'x': errors on inputs of your own are judged",
+        ),
+        (["pack", "favor_trig_f32_d64_m128", "--backend", "hip", "-o", "x"], "contract 'favor_trig_f32_d64_m128': hip"),
         (
             ["generate", EXACT.name, "--colour"],
             "option or argument '--colour': is unknown (see ./nearfar generate --help)",
