@@ -179,7 +179,8 @@ def test_variants_of_a_gpu() -> None:
         ("favor_cosh_f32_d256_m1024", 0),
         ("linear_taylor2_bf16_d32", 1),
         ("linear_elu_f32_d256", 0),
-        ("hybrid_cosh_f32_d64_m128_b64", 0),
+        ("hybrid_cosh_f32_d64_m128_b64", 1),
+        ("hybrid_cosh_f32_d128_m512_b64", 0),
     ):
         assert len(default(parse(name), "cuda")) == there
     assert {v.s for v in space.space(FAVOR, "cuda")} == {space.SEGMENT}
@@ -203,7 +204,7 @@ def test_variants_of_a_gpu() -> None:
         (FAVOR.name, "simt_c8_r16x1_s64", "1024 threads of a block must be a multiple of 32 up to 512"),
         (FAVOR.name, "simt_c64_r4x1_s64", "bytes of shared memory, at most 65536"),
         ("favor_cosh_f32_d64_m512", "simt_c8_r2x1_s64", "128 threads with 256 floats of the state each"),
-        ("hybrid_cosh_f32_d64_m128_b64", "simt_c16_r4x1", "cuda has favor, linear, exact, sparse (states of up to"),
+        ("favor_trig_f32_d64_m128", "simt_c16_r4x1", "cuda has favor, linear,"),
         (FAVOR.name, "avx2_c48_r6x2", "field 'target' = 'avx2': must be simt"),
     ],
 )

@@ -20,6 +20,7 @@ CONTRACTS = (
     "exact_f32_d64",
     "exact_f32_d128",
     "sparse_f32_d64_b64",
+    "hybrid_cosh_f32_d64_m128_b64",
 )
 NVIDIA = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx90a", "gfx942", "gfx1100", "gfx1201", "gfx1030")  # the last has no target of its own: simt
@@ -65,6 +66,7 @@ def test_kernels_are_clean_c(language: str, compiler: str, folder: Path) -> None
         "linear_taylor2_bf16_d16_hip",
         "linear_softmaxqk_f16_d64_cuda",
         "sparse_f32_d64_b64_cuda",
+        "hybrid_cosh_f32_d64_m128_b64_hip",
     ):
         source = folder / f"{name}.c"
         run(
