@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 from . import UsageError
-from .contract import DTYPES, Contract, shown
+from .contract import DTYPES, OPERATORS, Contract, shown
 
 MAX_TUNING = 32  # variants in a tuning header
 MAX_SHIPPED = 5  # variants in a shipped header
@@ -180,7 +180,9 @@ def targets(backend: str) -> dict[str, Target]:
 
 def space(contract: Contract, backend: str = "cpu") -> list[Variant]:
     """The candidates that the tuner tries, in canonical order; the first of each target is its default."""
-    found = []
+    found: list[Variant] = []
+    if backend == "cpu" and contract.dtype not in OPERATORS[contract.operator].cpu:
+        return found
     for target in filter(lambda t: t.runs(contract), TARGETS[backend]):
         for tile, chunks in SPACE.get((contract.operator, backend), {}).get(target.name, {}).items():
             r, x = map(int, tile.split("x"))
