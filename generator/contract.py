@@ -45,12 +45,13 @@ class Operator:
 
 
 D = Number("d", "head dim", "a multiple of 8 from 8 to 256", tuple(range(8, 257, 8)))
-V = Number("v", "value dim, if not the head dim", "a multiple of 8 from 8 to 256", D.values, optional=True)
+WIDE = Number("d", "head dim", "a multiple of 8 from 8 to 512", tuple(range(8, 513, 8)))
+V = Number("v", "value dim, if not the head dim", WIDE.rule, WIDE.values, optional=True)
 M = Number(
     "m",
     "features (cosh: both signs; trig: sine and cosine)",
-    "8, or a multiple of 16 up to 1024",
-    (8, *range(16, 1025, 16)),
+    "8, or a multiple of 16 up to 2048",
+    (8, *range(16, 2049, 16)),
 )
 
 B = Number("b", "block of tokens", "a multiple of 16 from 16 to 512", tuple(range(16, 513, 16)))
@@ -63,9 +64,9 @@ TAYLOR_LIMIT = 32  # taylor2 makes about d*d/2 features
 # The schema. A new operator is one entry here, one in space.py and its templates.
 OPERATORS = {
     "favor": Operator("softmax attention estimated by random features", FAVOR_MAPS, DTYPES, (D, V, M)),
-    "linear": Operator("linear attention: a map without randomness, or ready features", LINEAR_MAPS, DTYPES, (D, V)),
-    "exact": Operator("softmax attention, the exact baseline", (), ("f32",), (D,)),
-    "sparse": Operator("softmax attention over a pattern: window, globals, blocks", (), ("f32",), (D, B)),
+    "linear": Operator("linear attention: a map without randomness, or ready features", LINEAR_MAPS, DTYPES, (WIDE, V)),
+    "exact": Operator("softmax attention, the exact baseline", (), ("f32",), (WIDE,)),
+    "sparse": Operator("softmax attention over a pattern: window, globals, blocks", (), ("f32",), (WIDE, B)),
     "hybrid": Operator("exact near by, random features far away, one sum", ("cosh", "exp"), ("f32",), (D, M, B)),
 }
 

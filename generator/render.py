@@ -95,8 +95,8 @@ def check_backend(backend: str) -> None:
 def check_offered(contract: Contract, backend: str) -> None:
     """A GPU has not all operators yet, nor room for the largest states."""
     if not space(contract, backend):
-        operators = " and ".join(operator for operator, where in SPACE if where == backend)
-        rule = f"{backend} has {operators} (d * m up to about 32768, no value dim of its own)"
+        operators = ", ".join(operator for operator, where in SPACE if where == backend)
+        rule = f"{backend} has {operators} (states of up to about 32768 numbers, no value dim of its own)"
         raise UsageError(f"contract {shown(contract.name)}: {rule}")
 
 

@@ -34,7 +34,7 @@ class Target:
 
 
 MATRIX_KERNELS = (("bf16", "f16"), ("favor",), True, True)  # what its matrix units have
-GPU_KERNELS = (DTYPES, ("favor", "exact"), True, True)  # what a GPU has kernels for
+GPU_KERNELS = (DTYPES, ("favor", "linear", "exact", "sparse"), True, True)  # what a GPU has kernels for
 # Best first: the order of a header's variants and of the choice at run time.
 TARGETS = {
     "cpu": (
@@ -137,7 +137,8 @@ SPACE = {
     },
     ("favor", "cuda"): {"sm80": MATRIX} | GPU,
     ("favor", "hip"): {"gfx90a": MATRIX_AMD, "gfx942": MATRIX_AMD} | GPU,
-    **{("exact", backend): GPU_EXACT for backend in ("cuda", "hip")},
+    **{("linear", backend): GPU for backend in ("cuda", "hip")},
+    **{(operator, backend): GPU_EXACT for operator in ("exact", "sparse") for backend in ("cuda", "hip")},
 }
 SEGMENT = 1024  # tokens of a segment, where an operator has a state
 
@@ -178,7 +179,7 @@ def misfit(contract: Contract, variant: Variant, target: Target) -> str | None:
         return None
     if target.lanes > 1:
         return misfit_matrix(contract, variant, target)
-    c, r, d, m = variant.c, variant.r, contract.d, -(-contract.m // (4 * variant.r)) * 4 * variant.r
+    c, r, d, m = variant.c, variant.r, contract.d, -(-contract.features // (4 * variant.r)) * 4 * variant.r
     if (variant.s > 0) != (m > 0):
         return f"it must{'' if m else ' not'} end in _s<tokens>, the segments of operators with a state"
     threads = d // variant.x * r
@@ -186,7 +187,7 @@ def misfit(contract: Contract, variant: Variant, target: Target) -> str | None:
     if m:
         shared = 4 * (2 * c * (m + 4) + d * (c + 4) + c * d + c * (c + 1) + 3 * m + 6 * c) + 420
     else:
-        shared = 4 * (d * (3 * c + 5) + c * (c + 9)) + 300
+        shared = 4 * (d * (3 * c + 5) + c * (c + 14)) + 600
     if d % variant.x or threads % 32 or threads > 512:
         return f"d / x * r = {threads} threads of a block must be a multiple of 32 up to 512"
     if floats > 128 or threads * (floats + 100) > 65536:
@@ -221,7 +222,8 @@ def space(contract: Contract, backend: str = "cpu") -> list[Variant]:
         for tile, chunks in SPACE.get((contract.operator, backend), {}).get(target.name, {}).items():
             r, x = map(int, tile.split("x"))
             made = [
-                Variant(target.name, c, r, x, s=SEGMENT if contract.m and not target.registers else 0) for c in chunks
+                Variant(target.name, c, r, x, s=SEGMENT if contract.features and not target.registers else 0)
+                for c in chunks
             ]
             found += [v for v in made if not fault(v, target) and not misfit(contract, v, target)]
     if len(found) > MAX_TUNING:

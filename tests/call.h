@@ -6,8 +6,12 @@
 #include "kernels.h"
 #include "oracle.h"
 
-#ifdef SIMT /* the executor must know what kernels may touch */
+#if defined(SIMT) /* the executor must know what kernels may touch */
 #include "simt/simt.h"
+#elif defined(DEVICE) /* and a GPU needs a copy of it */
+#include "device.h"
+#define simt_memory(at, bytes) device_mirror(at, bytes)
+#define simt_forget(at) device_forget(at)
 #else
 #define simt_memory(at, bytes) ((void)0)
 #define simt_forget(at) ((void)0)
@@ -256,6 +260,7 @@ static inline call call_make(const kernel *k, shape s)
     c.lse = block_make((size_t)(a->batch * a->heads * a->q_tokens) * sizeof(float), s.odd ? 4 : 0);
     a->lse = (float *)(void *)c.lse.data;
     c.pattern = block_make(sizeof(nf_pattern), 0); /* left blank for operators that do not look at it */
+    simt_forget(c.pattern.data);                   /* the host's */
     a->pattern = (const nf_pattern *)(const void *)c.pattern.data;
     if (k->block)
         *(nf_pattern *)(void *)c.pattern.data = s.pattern ? *s.pattern : pattern_of(k);

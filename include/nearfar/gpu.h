@@ -762,7 +762,7 @@ typedef struct nf_work {
     int64_t first;  /* the launch's first segment; block (x, y) does segment first + y of unit begin + x */
     int64_t length; /* tokens of a segment */
     int64_t round;  /* rounds of segments so far */
-    int64_t count;  /* segments of a round, for which there are slots */
+    int64_t count;  /* segments of a round, for which there are slots; of operators without: blocks along y */
     float *slots;   /* the workspace */
     void *dst;      /* of a merge, from a and b */
     const void *a, *b;
@@ -875,8 +875,8 @@ NF_DEVICE float nf_nan(void)
     return x;
 }
 
-/* The unit of this block; returns 0 if its projection or state is not of this call. What the host could not look at is
- * looked at here: borders out of order make a sequence of no tokens. */
+/* The unit of this block; returns 0 if its projection, decay or state is not of this call. What the host could not look
+ * at is looked at here: borders out of order make a sequence of no tokens. */
 NF_DEVICE int nf_open(const nf_work *w, nf_unit *unit)
 {
     const nf_plan *p = &w->plan;
@@ -889,6 +889,8 @@ NF_DEVICE int nf_open(const nf_work *w, nf_unit *unit)
         if (from < 0 || to < from || to > a->q_tokens)
             unit->q_tokens = unit->kv_tokens = 0;
     }
+    if (!nf_finite(unit->decay) || unit->decay > 0)
+        return 0;
     projection = (const nf_projection_head *)unit->projection;
     if (projection && (projection->magic != NF_MAGIC_PROJECTION || projection->abi != NF_CORE_ABI ||
                        projection->contract != w->contract.hash))
