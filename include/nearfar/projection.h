@@ -442,24 +442,4 @@ NF_UNUSED static void nf_rescale(float *r, float *z, float *s, int m, int width,
     }
 }
 
-/* Where a chunk of n keys (features key[i * stride + r] relative to the references) must end: before the first key
- * whose features leave the range. Then `fresh`, the sums over the keys times their part, is made anew. Rows before the
- * cut end up with the same bits as if the keys behind it were not there. */
-NF_UNUSED static int nf_cut(const float *key, const float *part, int stride, int m, int n, float *fresh)
-{
-    int cut = n;
-    if (nf_beyond(key[0], NF_KEY_LIMIT))
-        return n; /* NaN from the first key on: nothing to save */
-    for (int i = n - 1; i > 0; i--)
-        for (int r = 0; r < m; r++)
-            if (nf_beyond(key[i * stride + r], NF_KEY_LIMIT))
-                cut = i;
-    for (int r = 0; r < m && cut < n; r++) {
-        fresh[r] = 0;
-        for (int i = 0; i < cut; i++)
-            fresh[r] += key[i * stride + r] * part[i];
-    }
-    return cut;
-}
-
 #endif /* NF_PROJECTION_READY */
