@@ -147,9 +147,9 @@ def fault(variant: Variant, target: Target) -> str | None:
     """The rule that a variant breaks, or None."""
     c, r, x = variant.c, variant.r, variant.x
     if target.lanes > 1 and not target.registers:
-        if c % 16 or not 16 <= c <= 128 or x not in (1, 2, 4) or r > x:
-            return "c must be a multiple of 16 from 16 to 128, x 1, 2 or 4, r at most x"
-        return None if variant.s >= 16 else "it must end in _s<tokens>, segments of 16 to 9999 tokens"
+        if c % 16 or not 16 <= c <= 64 or x not in (1, 2, 4) or r > x:
+            return "c must be a multiple of 16 from 16 to 64, x 1, 2 or 4, r at most x"
+        return None if variant.s >= 16 else "it must end in _s<tokens>, segments of 16 to 9999"
     if not target.registers:
         if c % 4 or not 4 <= c <= 128 or r not in (1, 2, 4, 8, 16, 32) or x not in (1, 2, 4):
             return "c must be a multiple of 4 from 4 to 128, r 1, 2, 4 and so on to 32, x 1, 2 or 4"
@@ -199,10 +199,10 @@ def misfit_matrix(contract: Contract, variant: Variant, target: Target) -> str |
     """The same on matrix units: a warp holds 16 rows of w or a few times so many, their features and sums."""
     c, d, m, rows = variant.c, contract.d, contract.m, contract.rows
     if d % 16 or rows % c:
-        return f"d = {d} must be a multiple of 16, and the {rows} rows of w one of c = {c}"
+        return f"d = {d} must be a multiple of 16, and the {rows} rows of w of c = {c}"
     halves, threads, most = 1 if contract.dtype == "bf16" else 2, c // 16 * target.lanes, MATRIX_FLOATS[target.name]
-    if c > 64 or variant.x > m // c:
-        return f"c must be at most 64, and x at most the {m // c} tiles of a warp"
+    if variant.x > m // c:
+        return f"x must be at most the {m // c} tiles of features of a warp"
     floats = m * d // threads + max(rows * 16, halves * m * 8) // target.lanes + d * 16 // target.lanes
     if floats > most:
         return f"a thread takes {floats} registers for the state, features and outputs, at most {most} fit"
