@@ -2,7 +2,9 @@
  * (declarations; each is implemented in a file of its own) and lists
  *     NF_KERNELS(X)       X(kernel, "contract", operator, map, dtype, d, v, m, rows, b)
  *     <kernel>_CODES(X)   X("suffix", "hash of the variant's code", 1 for the shipped default of its target)
+ *     <kernel>_STATE      its functions state_bytes and state_reset, or NULL, NULL
  *     NF_TOOL             the generator's version
+ *     NF_BACKEND          "cpu", "cuda" or "hip"; NF_ON_GPU is defined where it is a GPU
  */
 #ifndef KERNEL_H
 #define KERNEL_H
@@ -103,8 +105,7 @@ NF_KERNELS(KERNEL_CODES)
      K##_decode, \
      K##_workspace, \
      K##_variants, \
-     K##_state_bytes, \
-     K##_state_reset, \
+     K##_STATE, \
      KERNEL_PROJECTION_##op(K)},
 static const kernel kernel_table[] = {NF_KERNELS(KERNEL_ROW)};
 enum { KERNELS = sizeof kernel_table / sizeof *kernel_table };
@@ -283,7 +284,7 @@ static inline int kernel_full_only(const kernel *k)
 /* Does the kernel carry a state? */
 static inline int kernel_stateful(const kernel *k)
 {
-    return k->op != EXACT;
+    return k->state_bytes != NULL;
 }
 
 /* Dense arguments for `tokens` tokens. */
@@ -342,6 +343,35 @@ static inline void kernel_oracle(const kernel *k, const nf_pattern *pattern, con
     same.block = k->b;
     head.pattern = same;
     oracle_attention(&head, out, lse);
+}
+
+/* Keys that a query attends to exactly, mean over the tokens of a causal call with the kernel's own pattern. */
+static inline double kernel_near_keys(const kernel *k, int64_t tokens)
+{
+    const nf_pattern *p = &k->pattern;
+    double sum = 0;
+    for (int64_t t = 0; t < tokens; t++) {
+        int64_t first = t + 1 - p->window; /* of the window */
+        if (k->op == HYBRID)
+            first = (t / k->b - (p->window + k->b - 1) / k->b) * k->b;
+        if (first < 0 || k->op == EXACT)
+            first = 0;
+        sum += (double)(t + 1 - first + (first < p->globals ? first : p->globals));
+    }
+    return sum / (double)tokens;
+}
+
+/* GEMM flops per token and head. */
+static inline double kernel_flops(const kernel *k, const char *suffix, int64_t tokens)
+{
+    const double d = k->d, v = k->v,
+                 m = k->op != LINEAR            ? k->m
+                     : k->map == ORACLE_TAYLOR2 ? 1 + d + d * (d + 1) / 2
+                                                : d;
+    const double t = kernel_chunk(suffix) / 2.0, far = 4 * k->rows * d + 4 * m * v;
+    if (k->op == LINEAR)
+        return kernel_full_only(k) ? far : far + 2 * t * (d + v);
+    return k->op == FAVOR ? far + 2 * t * (m + v) : far + 4 * d * kernel_near_keys(k, tokens);
 }
 
 #endif /* KERNEL_H */

@@ -2,6 +2,8 @@
 #ifndef MEASURE_H
 #define MEASURE_H
 
+#include "device.h"
+
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -191,12 +193,6 @@ MEASURE_FN double measure_peak(const char *target)
 
 /* ---- the device ------------------------------------------------------------------------------------------------ */
 
-typedef struct measure_device {
-    char vendor[32], arch[64], name[96];
-    long family, model, units;
-    long l1d, l2, l3; /* bytes; 0 = unknown */
-} measure_device;
-
 /* The first line of a small system file, without its newline. */
 MEASURE_FN int measure_line(const char *path, char *text, int size)
 {
@@ -267,13 +263,22 @@ MEASURE_FN void measure_cpuinfo(measure_device *d)
         fclose(f);
 }
 
+/* The compiler, as a string literal. */
+#if defined(__clang__)
+#define MEASURE_COMPILER "clang " __clang_version__
+#else
+#define MEASURE_COMPILER "gcc " __VERSION__
+#endif
+
 /* What is known of this machine; never its host name, user or paths. */
 MEASURE_FN measure_device measure_describe(void)
 {
     measure_device d;
     struct utsname system;
     memset(&d, 0, sizeof d);
+    strcpy(d.backend, "cpu");
     strcpy(d.vendor, "unknown");
+    snprintf(d.compiler, sizeof d.compiler, "%.60s", MEASURE_COMPILER);
     if (uname(&system) < 0)
         strcpy(system.machine, "unknown");
     snprintf(d.arch, sizeof d.arch, "%.40s/%s", system.machine, measure_target());
@@ -341,17 +346,27 @@ MEASURE_FN void measure_number(measure_text *t, const char *key, double value)
 
 MEASURE_FN void measure_device_json(measure_text *t, const measure_device *d)
 {
-    measure_add(t, "{\"backend\":\"cpu\",\"vendor\":\"%s\",\"arch\":\"%s\",\"name\":", d->vendor, d->arch);
+    measure_add(t, "{\"backend\":\"%s\",\"vendor\":\"%s\",\"arch\":\"%s\",\"name\":", d->backend, d->vendor, d->arch);
     measure_string(t, d->name);
     measure_add(t, ",\"family\":%ld,\"model\":%ld,\"units\":%ld,\"l1d\":%ld,\"l2\":%ld,\"l3\":%ld}", d->family,
                 d->model, d->units, d->l1d, d->l2, d->l3);
 }
 
-/* The compiler, as a string literal. */
-#if defined(__clang__)
-#define MEASURE_COMPILER "clang " __clang_version__
-#else
-#define MEASURE_COMPILER "gcc " __VERSION__
+/* ---- device.h on a CPU ----------------------------------------------------------------------------------------- */
+
+#ifndef NF_ON_GPU
+MEASURE_FN const char *device_describe(measure_device *d)
+{
+    *d = measure_describe();
+    return NULL;
+}
+
+MEASURE_FN double device_time(void (*work)(void *on), void *on)
+{
+    const double start = measure_work();
+    work(on);
+    return measure_work() - start;
+}
 #endif
 
 #endif /* MEASURE_H */

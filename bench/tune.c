@@ -6,6 +6,7 @@
  * gives way only to a clear margin. The result is a table and, with --json, one line appended to a file of records.
  *
  *     cc -O2 *.c -o tune -lm && ./tune --json records.jsonl
+ *     nvcc -O2 -arch=native *.c *.cu -o tune -lm && ./tune --json records.jsonl
  */
 #define _DEFAULT_SOURCE 1
 #define _DARWIN_C_SOURCE 1
@@ -13,6 +14,7 @@
 
 #define PROGRAM "tune"
 #include "kernel.h"
+#include "device.h"
 #include "measure.h"
 #include "verify.h"
 
@@ -49,7 +51,12 @@ typedef struct options {
     const char *json, *contract;
 } options;
 
-static options opt = {60, 10, {1024, 4096}, 1, 4, 2, 0, 0, 1, NULL, NULL};
+#ifdef NF_ON_GPU /* many heads fill a GPU; its runtime takes seconds to start */
+enum { HEADS = 32, PATIENCE = 60 };
+#else
+enum { HEADS = 4, PATIENCE = 10 };
+#endif
+static options opt = {60, PATIENCE, {1024, 4096}, 1, HEADS, 2, 0, 0, 1, NULL, NULL};
 
 static volatile sig_atomic_t interrupted;
 
@@ -74,9 +81,7 @@ static load load_new(const kernel *k, int64_t tokens, const void *projection, lo
     const int64_t rows = opt.batch * tokens * opt.heads;
     const double bytes = 2.0 * (double)(rows * (k->d + k->v)) * (double)kernel_element(k),
                  cache = 2.0 * (double)(l2 > 0 ? l2 : 2097152);
-    load l = {tokens, opt.warm ? 1 : 1 + (int)(cache / bytes + 1), NULL, NULL};
-    if (l.sets > 1 && l.sets * bytes > 67108864.0)
-        l.sets = bytes > 33554432.0 ? 1 : 2;
+    load l = {tokens, opt.warm || bytes > 8 * cache ? 1 : 1 + (int)(cache / bytes + 1), NULL, NULL};
     l.args = (nf_args *)calloc((size_t)l.sets, sizeof *l.args);
     l.data = (arrays *)calloc((size_t)l.sets, sizeof *l.data);
     if (!l.args || !l.data)
@@ -98,43 +103,82 @@ static void load_free(load *l)
 }
 
 typedef struct runner {
+    const kernel *kernel;
     const load *load;
     const nf_variant *variant;
+    nf_args *args; /* of the load's sets, with the device's addresses */
     void *workspace;
     size_t bytes;
-    size_t row; /* bytes of a row of the output */
-    int next;
+    int next, launches;
     nf_status status;
 } runner;
 
-/* Seconds per launch, over `launches` of them. A launch is one head: the strides are those of all heads together, and
- * even a long sequence takes little time. */
-static double run_launches(runner *r, int launches)
+/* Heads of a launch: one of all on a CPU (with the strides of all), so that even a long sequence takes little time. */
+static int64_t launch_heads(void)
 {
-    const int units = (int)(opt.batch * opt.heads);
-    const double start = measure_work();
-    for (int i = 0; i < launches; i++) {
-        nf_args a = r->load->args[r->next / units];
+#ifdef NF_ON_GPU
+    return opt.batch * opt.heads;
+#else
+    return 1;
+#endif
+}
+
+static void launch(void *on)
+{
+    runner *r = (runner *)on;
+    const int64_t heads = launch_heads();
+    const int parts = (int)(opt.batch * opt.heads / heads);
+    for (int i = 0; i < r->launches; i++) {
+        nf_args a = r->args[r->next / parts];
         nf_status status;
-        a.split_begin = r->next % units;
-        a.split_count = 1;
+        a.split_begin = r->next % parts * heads;
+        a.split_count = heads;
         status = r->variant->forward(&a, r->workspace, r->bytes);
-        r->next = (r->next + 1) % (units * r->load->sets);
+        r->next = (r->next + 1) % (parts * r->load->sets);
         if (status != NF_OK)
             r->status = status;
     }
-    return (measure_work() - start) / launches;
 }
 
-/* Get the pages of the output, and run until the clocks have settled; the fastest launch estimates how many make a
- * sample. */
+/* Seconds per launch, over `launches` of them. */
+static double run_launches(runner *r, int launches)
+{
+    r->launches = launches;
+    return device_time(launch, r) / launches;
+}
+
+/* Bring the load to the device; the pages of the output are touched. */
+static void runner_prepare(runner *r)
+{
+    const kernel *k = r->kernel;
+    const size_t rows = (size_t)(opt.batch * opt.heads * r->load->tokens), element = kernel_element(k);
+    const size_t q = rows * (size_t)k->d * element, v = rows * (size_t)k->v * element;
+    void *workspace = kernel_memory(r->bytes);
+    r->args = (nf_args *)malloc((size_t)r->load->sets * sizeof *r->args);
+    if (!r->args)
+        fail("out of memory");
+    device_mirror(workspace, r->bytes);
+    r->workspace = device_address(workspace);
+    if (k->m)
+        device_mirror(r->load->args->projection, k->projection_bytes());
+    for (int i = 0; i < r->load->sets; i++) {
+        const nf_args *a = &r->load->args[i];
+        memset(a->out.data, 0, v);
+        device_mirror(a->q.data, q);
+        device_mirror(a->k.data, q);
+        device_mirror(a->v.data, v);
+        device_mirror(a->out.data, v);
+        r->args[i] = device_args(a);
+    }
+}
+
+/* Run until the clocks have settled; the fastest launch estimates how many make a sample. */
 static double run_warm(runner *r)
 {
-    const size_t bytes = (size_t)(opt.batch * opt.heads * r->load->tokens) * r->row;
     const double start = measure_now();
     double best = 1e300;
-    for (int i = 0; i < r->load->sets; i++)
-        memset(r->load->args[i].out.data, 0, bytes);
+    if (!r->args)
+        runner_prepare(r);
     for (int i = 0; i < 2 || measure_now() - start < WARM_SECONDS; i++)
         best = fmin(best, run_launches(r, 1));
     return best;
@@ -149,14 +193,14 @@ typedef struct request {
     int launches;
 } request;
 
-typedef struct reply {
-    int right;    /* verified; or the launches returned NF_OK */
-    double value; /* seconds per launch, or the largest error */
-    char why[96];
-} reply;
-
 typedef enum standing { OK, CONSTRAINT, LAUNCH, TIMEOUT, WRONG, SLOW_ONE } standing;
 static const char *const standing_name[] = {"ok", "constraint", "launch", "timeout", "wrong", "slow"};
+
+typedef struct reply {
+    standing standing; /* OK: verified, or the launches returned NF_OK */
+    double value;      /* seconds per launch, or the largest error */
+    char why[96];
+} reply;
 
 typedef struct candidate {
     const nf_variant *variant;
@@ -182,38 +226,44 @@ typedef struct race {
     double margin, peak[2], race_end, end;
 } race;
 
+static void child_verify(const race *r, const candidate *c, reply *answer)
+{
+    pupil p;
+    if (!c->variant->supported()) {
+        answer->standing = CONSTRAINT;
+        snprintf(answer->why, sizeof answer->why, "this device lacks the target");
+        return;
+    }
+    pupil_new(&p, r->exam, c->variant);
+    sit(&p);
+    answer->standing = p.why[0] ? WRONG : OK;
+    answer->value = p.err;
+    memcpy(answer->why, p.why, sizeof answer->why);
+}
+
 static void child_sample(runner *r, const request *wanted, reply *answer)
 {
     answer->value = wanted->order == WARM ? run_warm(r) : run_launches(r, wanted->launches);
-    answer->right = r->status == NF_OK;
-    if (!answer->right)
+    answer->standing = r->status == NF_OK ? OK : LAUNCH;
+    if (r->status != NF_OK)
         snprintf(answer->why, sizeof answer->why, "%s", nf_status_text(r->status));
 }
 
 /* The child's life: obey until the parent hangs up. The alarm ends it should the parent be gone while it hangs. */
 __attribute__((noreturn)) static void child_main(const race *r, const candidate *c, int from, int to)
 {
-    runner run = {
-        &r->load, c->variant, NULL, r->kernel->workspace(NULL), (size_t)r->kernel->v * kernel_element(r->kernel),
-        0,        NF_OK};
+    runner run = {r->kernel, &r->load, c->variant, NULL, NULL, r->kernel->workspace(NULL), 0, 0, NF_OK};
     request wanted;
     signal(SIGINT, SIG_IGN);
     signal(SIGTERM, SIG_DFL);
-    run.workspace = kernel_memory(run.bytes);
     while (read(from, &wanted, sizeof wanted) == (ssize_t)sizeof wanted) {
         reply answer;
         memset(&answer, 0, sizeof answer);
         alarm((unsigned)opt.timeout + 5);
-        if (wanted.order == VERIFY) {
-            pupil p;
-            pupil_new(&p, r->exam, c->variant);
-            sit(&p);
-            answer.right = !p.why[0];
-            answer.value = p.err;
-            memcpy(answer.why, p.why, sizeof answer.why);
-        } else {
+        if (wanted.order == VERIFY)
+            child_verify(r, c, &answer);
+        else
             child_sample(&run, &wanted, &answer);
-        }
         alarm(0);
         if (write(to, &answer, sizeof answer) != (ssize_t)sizeof answer)
             break;
@@ -328,9 +378,9 @@ static int ask(race *r, candidate *c, order what, reply *answer)
         drop_dead(c);
         return 0;
     }
-    if (!answer->right)
-        drop(c, what == VERIFY ? WRONG : LAUNCH, answer->why);
-    return answer->right;
+    if (answer->standing != OK)
+        drop(c, answer->standing, answer->why);
+    return answer->standing == OK;
 }
 
 /* ---- events for a program, progress for a person --------------------------------------------------------------- */
@@ -381,7 +431,7 @@ static void event_progress(const race *r, const char *phase, double part)
 /* Nanoseconds per token and head. */
 static double per_token(const race *r, double seconds)
 {
-    return 1e9 * seconds / (double)r->load.tokens;
+    return 1e9 * seconds / (double)(r->load.tokens * launch_heads());
 }
 
 static double median_of(const candidate *c)
@@ -428,33 +478,33 @@ static void enter(race *r)
     if (count > MAX_CANDIDATES)
         fail("%s: %d variants, at most %d can be tuned", r->kernel->name, (int)count, MAX_CANDIDATES);
     r->count = count;
-    r->reference = kernel_default(r->kernel);
     for (int i = 0; i < r->count; i++) {
         candidate *c = &r->all[i];
         memset(c, 0, sizeof *c);
         c->variant = &v[i];
         c->suffix = kernel_suffix(r->kernel, &v[i]);
         c->code = kernel_code_of(r->kernel, c->suffix)->code;
-        c->is_default = i == r->reference;
         if (!c->code)
             c->code = "";
-        if (!v[i].supported())
-            drop(c, CONSTRAINT, "this processor lacks the target");
     }
 }
 
+/* What the contract's own symbol runs here, the reference, is the first shipped variant that the device supports. */
 static void verify_all(race *r)
 {
+    r->reference = -1;
     for (int i = 0; i < r->count; i++) {
         candidate *c = &r->all[i];
         reply answer;
         event_progress(r, "verify", (double)i / r->count);
-        if (c->standing == OK) {
-            child_start(r, c);
-            if (ask(r, c, VERIFY, &answer) || c->standing == WRONG)
-                c->err = answer.value;
-            child_stop(c);
-        }
+        child_start(r, c);
+        if (ask(r, c, VERIFY, &answer) || c->standing == WRONG)
+            c->err = answer.value;
+        child_stop(c);
+        c->is_default =
+            r->reference < 0 && c->standing != CONSTRAINT && kernel_code_of(r->kernel, c->suffix)->is_default;
+        if (c->is_default)
+            r->reference = i;
         event_candidate("verified", c);
     }
 }
@@ -672,18 +722,20 @@ static void record_candidate(measure_text *t, const race *r, const candidate *c)
 static measure_text record(const race *r, const measure_device *device)
 {
     measure_text t = {NULL, 0, 0};
-    measure_add(&t, "{\"v\":1,\"contract\":\"%s\",\"backend\":\"cpu\",", r->kernel->contract);
+    measure_add(&t, "{\"v\":1,\"contract\":\"%s\",\"backend\":\"%s\",", r->kernel->contract, NF_BACKEND);
     measure_add(&t, "\"shape\":{\"tokens\":%lld,\"batch\":%lld,\"heads\":%lld},\"cache\":\"%s\",\"device\":",
                 (long long)r->load.tokens, (long long)opt.batch, (long long)opt.heads, opt.warm ? "warm" : "cold");
     measure_device_json(&t, device);
     measure_add(&t, ",\"toolchain\":");
-    measure_string(&t, MEASURE_COMPILER);
+    measure_string(&t, device->compiler);
     measure_add(&t, ",\"tool\":\"%s\",\"ref\":", NF_TOOL);
     measure_string(&t, r->reference < 0 ? "" : r->all[r->reference].suffix);
     measure_add(&t, ",\"winner\":");
     measure_string(&t, r->winner < 0 ? "" : r->all[r->winner].suffix);
-    measure_add(&t, ",\"margin\":%.4f,\"tie\":%s,\"peak\":[%.1f,%.1f],\"tried\":[", r->margin,
-                r->tie ? "true" : "false", 1e-9 * r->peak[0], 1e-9 * r->peak[1]);
+    measure_add(&t, ",\"margin\":%.4f,\"tie\":%s,", r->margin, r->tie ? "true" : "false");
+    if (r->peak[0] > 0)
+        measure_add(&t, "\"peak\":[%.1f,%.1f],", 1e-9 * r->peak[0], 1e-9 * r->peak[1]);
+    measure_add(&t, "\"tried\":[");
     for (int i = 0; i < r->count; i++) {
         if (i)
             measure_add(&t, ",");
@@ -722,12 +774,12 @@ static void print_candidate(const race *r, const candidate *c)
     printf("%s%s%s\n", mark, mark[0] && c->why[0] ? ": " : "", c->why);
 }
 
-static void print_race(const race *r)
+static void print_race(const race *r, const measure_device *device)
 {
     if (opt.events)
         return;
-    printf("%s, %lld tokens, batch %lld, heads %lld, %s cache\n", r->kernel->contract, (long long)r->load.tokens,
-           (long long)opt.batch, (long long)opt.heads, opt.warm ? "warm" : "cold");
+    printf("%s, %lld tokens, batch %lld, heads %lld, %s cache, on %s\n", r->kernel->contract, (long long)r->load.tokens,
+           (long long)opt.batch, (long long)opt.heads, opt.warm ? "warm" : "cold", device->name);
     printf("  %-20s %-10s %9s %9s %9s %4s %8s\n", "variant", "status", "ns/token", "p20", "p80", "n", "error");
     for (int i = 0; i < r->count; i++)
         print_candidate(r, &r->all[i]);
@@ -739,10 +791,11 @@ static void print_race(const race *r)
     fflush(stdout);
 }
 
+/* The FMA peak of a CPU. */
 static double peak_now(void)
 {
     double best = 0;
-    for (int i = 0; i < 50; i++)
+    for (int i = 0; i < 50 && strcmp(NF_BACKEND, "cpu") == 0; i++)
         best = fmax(best, measure_peak(measure_target()));
     return best;
 }
@@ -754,7 +807,7 @@ static void report(const race *r, const measure_device *device)
     if (opt.json)
         append(opt.json, &line);
     progress("%s", "");
-    print_race(r);
+    print_race(r, device);
     line.data[line.length - 1] = 0;
     if (opt.events)
         printf("{\"event\":\"record\",\"record\":%s}\n", line.data);
@@ -880,6 +933,35 @@ static void catch_signals(void)
     signal(SIGPIPE, SIG_IGN);
 }
 
+/* What is known of the device: found out in a process of its own, as only a child may start a GPU's runtime. */
+static measure_device survey(void)
+{
+    struct {
+        measure_device device;
+        char none[160];
+    } found;
+    int ends[2];
+    pid_t pid;
+    memset(&found, 0, sizeof found);
+    if (pipe(ends) != 0 || (pid = fork()) < 0)
+        fail("cannot start a process: %s", strerror(errno));
+    if (pid == 0) {
+        const char *why = device_describe(&found.device);
+        snprintf(found.none, sizeof found.none, "%s", why ? why : "");
+        _exit(write(ends[1], &found, sizeof found) != (ssize_t)sizeof found);
+    }
+    close(ends[1]);
+    if (read(ends[0], &found, sizeof found) != (ssize_t)sizeof found)
+        fail("the device cannot be described");
+    close(ends[0]);
+    waitpid(pid, NULL, 0);
+    if (found.none[0]) {
+        fprintf(stderr, "tune: no GPU here: %s\n", found.none);
+        exit(1);
+    }
+    return found.device;
+}
+
 static int selected(const kernel *k)
 {
     return !opt.contract || strcmp(opt.contract, k->contract) == 0;
@@ -888,9 +970,10 @@ static int selected(const kernel *k)
 int main(int count, char **words)
 {
     const double start = measure_now();
-    const measure_device device = measure_describe();
+    measure_device device;
     int steps = 0, good = 1;
     parse(count, words);
+    device = survey();
     kernel_request();
     catch_signals();
     for (int i = 0; i < KERNELS; i++)

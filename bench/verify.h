@@ -3,6 +3,7 @@
 #ifndef VERIFY_H
 #define VERIFY_H
 
+#include "device.h"
 #include "kernel.h"
 
 #include <sys/mman.h>
@@ -30,6 +31,7 @@ static fence fence_new(size_t most)
     f.data = f.base + f.room;
     f.bytes = 0;
     memset(f.base, CANARY, f.room);
+    device_mirror(f.base, f.room);
     return f;
 }
 
@@ -268,8 +270,9 @@ static void call(pupil *p, int decode, const nf_args *a, int question, int64_t k
     const arrays *in = &p->exam->in[question];
     const size_t bytes = k->workspace(NULL), element = kernel_element(k);
     void *workspace = fence_place(&p->workspace, bytes, GAP);
-    const nf_status status = (decode ? p->variant->decode : p->variant->forward)(a, workspace, bytes);
-    const char *name = questions[question].name;
+    const char *trouble, *name = questions[question].name;
+    const nf_status status =
+        device_call(decode ? p->variant->decode : p->variant->forward, a, workspace, bytes, &trouble);
     const struct {
         const char *name;
         const fence *at;
@@ -277,6 +280,8 @@ static void call(pupil *p, int decode, const nf_args *a, int question, int64_t k
                   {"out", &p->out}, {"lse", &p->lse}, {"the workspace", &p->workspace}};
     if (status != NF_OK)
         blame(p, "%s, %s: %s", what, name, nf_status_text(status));
+    if (trouble)
+        blame(p, "%s, %s: %s", what, name, trouble);
     for (int i = 0; i < 6; i++)
         if (fence_broken(fences[i].at))
             blame(p, "%s, %s: wrote outside %s", what, name, fences[i].name);
@@ -314,8 +319,10 @@ static void try_state(pupil *p, int question)
     const kernel *k = p->exam->kernel;
     nf_args a = lay_out(p, question, 0, 0, cuts[1], NF_CAUSAL);
     void *state = fence_place(&p->state, k->state_bytes(&a), GAP);
+    nf_args there;
     a.state = state;
-    if (k->state_reset(&a) != NF_OK)
+    there = device_args(&a);
+    if (k->state_reset(&there) != NF_OK || device_fetch())
         blame(p, "state_reset failed");
     for (int i = 0; i + 1 < (int)(sizeof cuts / sizeof *cuts); i++) {
         const char *what = i < 2 ? "prefill" : "decode";

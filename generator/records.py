@@ -110,7 +110,7 @@ def times(record: Record, contract: Contract, backend: str, code: Code) -> Times
         elif isinstance(median, (int, float)) and math.isfinite(median) and median > 0:
             found[variant] = Timing(float(median), tried["st"] == "ok")
     if stale:
-        advice = f"to measure them again: ./nearfar tune {contract.name}"
+        advice = f"to measure them again: ./nearfar tune {contract.name} --backend {backend}"
         warn(f"{record.where}: ignored, changed since they were measured: {', '.join(stale)}; {advice}")
     return found
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from . import UsageError, build, inputs, records, report
 from .build import BuildError
-from .contract import Contract, parse, shown
-from .render import ROOT, Recipe, check_backend, render, write
+from .contract import BACKENDS, DTYPES, Contract, parse, shown
+from .render import ROOT, Recipe, check_backend, check_offered, render, write
 from .space import default, space
 
 OUTPUT = ROOT / "tuned"
@@ -29,6 +30,20 @@ TUNED = ("favor_cosh_f32_d32_m128", "favor_cosh_f32_d64_m128", "exact_f32_d64")
 STANDING = report.GOAL_CONTRACTS
 INPUTS = (ROOT / "tests" / "data" / "minilm_first", ROOT / "tests" / "data" / "minilm_last")
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 16384)
+GPU_LENGTHS = tuple(1 << n for n in range(10, 18))
+GPU_HEADS = {"heads": 32, "decode-heads": 1024}
+GPU_STANDING = (
+    "favor_cosh_{}_d64_m128",
+    "favor_cosh_{}_d64_m256",
+    "favor_cosh_{}_d128_m128",
+    "favor_cosh_{}_d128_m256",
+    "linear_elu_{}_d64",
+    "exact_{}_d64",
+    "exact_{}_d128",
+    "sparse_{}_d64_b64",
+    "sparse_{}_d128_b64",
+    "hybrid_cosh_{}_d64_m128_b64",
+)
 
 
 # ---- command line --------------------------------------------------------------------------------------------------
@@ -53,11 +68,14 @@ def add_tune(commands: Any) -> None:
         description="Generate every variant, compile, verify against fp64, time, record, write the tuned headers and\n"
         "measure them, on real attention inputs too. Takes about two minutes. Everything is written to tuned/;\n"
         "tuned/records.jsonl is what `generate --tuned` reads.",
-        epilog="example: ./nearfar tune favor_cosh_f32_d64_m256 --input my_arrays --budget 120 --tokens 2048",
+        epilog="examples: ./nearfar tune favor_cosh_f32_d64_m256 --input my_arrays --budget 120 --tokens 2048\n"
+        "          ./nearfar tune favor_cosh_f32_d64_m128 --backend cuda",
     )
     parser.add_argument("contracts", nargs="*", metavar="CONTRACT", help=f"default: {' '.join(TUNED)}")
     add_backend(parser)
-    parser.add_argument("--input", metavar="DIR", help="q.npy, k.npy, v.npy [batch, token, head, dim] of your own")
+    parser.add_argument(
+        "--input", metavar="DIR", help="q.npy, k.npy, v.npy [batch, token, head, dim] of your own (cpu)"
+    )
     parser.add_argument(
         "--budget",
         default="40",
@@ -73,7 +91,8 @@ def add_pack(commands: Any) -> None:
         "pack",
         help="write the tuner for a machine without Python",
         description="Write a folder with everything that tuning needs on a target: one line compiles it, one runs it.",
-        epilog="example: ./nearfar pack favor_cosh_f32_d64_m128 exact_f32_d64 -o to_target",
+        epilog="examples: ./nearfar pack favor_cosh_f32_d64_m128 exact_f32_d64 -o to_target\n"
+        "          ./nearfar pack favor_cosh_f32_d64_m128 --backend cuda -o to_target",
     )
     parser.add_argument("contracts", nargs="+", metavar="CONTRACT")
     add_backend(parser)
@@ -85,10 +104,13 @@ def add_bench(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
         help="measure the default variants of some contracts",
-        description="Speed against the FMA peak, error, decode, two threads, compile time and size. Written to tuned/.",
-        epilog="example: ./nearfar bench exact_f32_d128 --tokens 512,4096",
+        description="On a CPU: speed against the FMA peak, error, decode, two threads, compile time and size.\n"
+        "On a GPU: speed and decode against what its memory and matrix units give, measured in the same run, and\n"
+        "against PyTorch's attention where a Python has it. Written to tuned/.",
+        epilog="examples: ./nearfar bench exact_f32_d128 --tokens 512,4096\n          ./nearfar bench --backend cuda",
     )
-    parser.add_argument("contracts", nargs="*", metavar="CONTRACT", help=f"default: {' '.join(STANDING)}")
+    gpu = "those of a GPU: all that it has of " + " ".join(GPU_STANDING).replace("{}", "<dtype>")
+    parser.add_argument("contracts", nargs="*", metavar="CONTRACT", help=f"default: {' '.join(STANDING)}; {gpu}")
     add_backend(parser)
     parser.add_argument(
         "--tuned",
@@ -96,18 +118,12 @@ def add_bench(commands: Any) -> None:
         metavar="RECORDS",
         help="measure the variants that these records choose (default: the shipped ones)",
     )
-    parser.add_argument("--tokens", metavar="N,...", help="lengths (default: 64 to 16384)")
+    parser.add_argument("--tokens", metavar="N,...", help="lengths (default: 64 to 16384; on a GPU 1024 to 131072)")
     parser.set_defaults(run=guarded(bench))
 
 
 def add_backend(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", default="cpu", help="where it runs: cpu (default; no GPU is timed yet)")
-
-
-def check_timed(backend: str) -> None:
-    check_backend(backend)
-    if backend != "cpu":
-        raise UsageError(f"option --backend = '{backend}': the kernels of a GPU are not timed yet: must be cpu")
+    parser.add_argument("--backend", default="cpu", help=f"where it runs: {', '.join(BACKENDS)} (default: cpu)")
 
 
 def guarded(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
@@ -148,8 +164,13 @@ def seconds(option: str, text: str) -> float:
     return value
 
 
-def chosen(names: list[str], standard: tuple[str, ...]) -> list[Contract]:
-    return list(dict.fromkeys(map(parse, names or standard)))
+def chosen(names: list[str], standard: tuple[str, ...], backend: str) -> list[Contract]:
+    """The contracts that were named, all of which the backend must have; or of the standard ones those that it has."""
+    check_backend(backend)
+    contracts = list(dict.fromkeys(map(parse, names or standard)))
+    for contract in contracts if names else ():
+        check_offered(contract, backend)
+    return [c for c in contracts if space(c, backend)]
 
 
 # ---- progress ------------------------------------------------------------------------------------------------------
@@ -163,7 +184,9 @@ class Progress:
         self.start = time.monotonic()
 
     def __enter__(self) -> Progress:
-        if sys.stdout.isatty():
+        with suppress(ModuleNotFoundError):
+            if not sys.stdout.isatty():
+                return self
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
             columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -219,8 +242,9 @@ def running(command: list[str]) -> Iterator[Any]:
 
 def prepare(program: str, recipes: list[Recipe]) -> Path:
     """Write and compile a program; its path."""
-    cc = build.compiler()
-    folder = OUTPUT / "build" / program
+    backend = recipes[0].backend
+    cc = build.compiler(backend)
+    folder = OUTPUT / "build" / (program if backend == "cpu" else f"{program}_{backend}")
     build.fill(folder, build.sources(program, recipes))
     return build.compile_folder(folder, program, cc)
 
@@ -271,13 +295,15 @@ def raw_inputs(folders: list[Path]) -> Iterator[list[str]]:
 
 
 def tune(args: argparse.Namespace) -> int:
-    check_timed(args.backend)
-    contracts = chosen(args.contracts, TUNED)
+    contracts = chosen(args.contracts, TUNED, args.backend)
     args.seconds, args.lengths = seconds("--budget", args.budget), numbers("--tokens", args.tokens)
-    folders = [Path(args.input)] if args.input else [p for p in INPUTS if p.is_dir()]
+    on_cpu = args.backend == "cpu"
+    if args.input and not on_cpu:
+        raise UsageError(f"option --input = {shown(args.input)}: errors on inputs of your own are judged on a cpu")
+    folders = [Path(args.input)] if args.input else [p for p in INPUTS if p.is_dir() and on_cpu]
     for folder in folders:
         inputs.load(folder)  # a bad input is told before any work
-    build.compiler()
+    build.compiler(args.backend)
     writable(OUTPUT)
     with Progress() as progress:
         everything = [Recipe(c, args.backend, tuple(space(c, args.backend))) for c in contracts]
@@ -289,12 +315,16 @@ def tune(args: argparse.Namespace) -> int:
         recipes = tuned_recipes(contracts, args.backend, records.read([RECORDS]), device)
         headers = {OUTPUT / r.file_name: render(r) for r in recipes}
         write(headers)
-        progress.step("measuring the tuned headers")
-        with raw_inputs(folders) as raw:
-            lengths = sorted({*LENGTHS, *args.lengths})
-            options = ["--tests", "speed,error,input", "--tokens", ",".join(map(str, lengths)), *raw]
-            results = measure(prepare("bench", recipes + baselines(recipes, args.backend)), options, progress)
-    publish(results, [RECORDS, *headers])
+        if on_cpu:
+            progress.step("measuring the tuned headers")
+            with raw_inputs(folders) as raw:
+                lengths = sorted({*LENGTHS, *args.lengths})
+                options = ["--tests", "speed,error,input", "--tokens", ",".join(map(str, lengths)), *raw]
+                results = measure(prepare("bench", recipes + baselines(recipes, args.backend)), options, progress)
+    if on_cpu:
+        publish(results, [RECORDS, *headers])
+    else:
+        names(RECORDS, *headers)
     return 0 if made and all(r["winner"] for r in made) else 1
 
 
@@ -346,15 +376,15 @@ def writable(folder: Path) -> None:
 README = """\
 The tuner of nearfar {version} for: {names}
 
-On the target, with GCC or Clang on Linux or another POSIX system:
+On the target, with {needs}:
 
-    cc -O2 *.c -o tune -lm
+    {line}
     ./tune --json records.jsonl
 
 It verifies every variant against fp64, times what is right, prints a table and appends one line per contract and
 length to records.jsonl. ./tune --help tells its options. Bring records.jsonl home; there
 
-    ./nearfar generate {names} --tuned records.jsonl
+    ./nearfar generate {names} --backend {backend} --tuned records.jsonl
 
 writes the headers with the variants that won.
 """
@@ -363,16 +393,22 @@ writes the headers with the variants that won.
 def pack(args: argparse.Namespace) -> int:
     from . import __version__
 
-    check_timed(args.backend)
-    contracts = chosen(args.contracts, ())
+    contracts = chosen(args.contracts, (), args.backend)
     folder = Path(args.output)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"option -o = {shown(args.output)}: must be a folder")
     files = build.sources("tune", [Recipe(c, args.backend, tuple(space(c, args.backend))) for c in contracts])
-    files["README"] = README.format(version=__version__, names=" ".join(c.name for c in contracts))
+    kit, line = build.TOOLKITS.get(args.backend), build.one_line("tune", args.backend)
+    files["README"] = README.format(
+        version=__version__,
+        names=" ".join(c.name for c in contracts),
+        backend=args.backend,
+        needs=f"a GPU and {kit.package}" if kit else "GCC or Clang on Linux or another POSIX system",
+        line=line,
+    )
     files["LICENSE"] = (ROOT / "LICENSE").read_text(encoding="utf-8")
     write({folder / name: text for name, text in files.items()})
-    print(f"wrote {folder} ({len(files)} files); there: cc -O2 *.c -o tune -lm && ./tune --json records.jsonl")
+    print(f"wrote {folder} ({len(files)} files); there: {line} && ./tune --json records.jsonl")
     return 0
 
 
@@ -380,11 +416,13 @@ def pack(args: argparse.Namespace) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
-    check_timed(args.backend)
-    contracts = chosen(args.contracts, STANDING)
+    on_cpu = args.backend == "cpu"
+    contracts = chosen(args.contracts, STANDING if on_cpu else gpu_standing(), args.backend)
     found = records.read(map(Path, args.tuned)) if args.tuned else None
-    lengths = numbers("--tokens", args.tokens) if args.tokens else list(LENGTHS)
+    lengths = numbers("--tokens", args.tokens) if args.tokens else list(LENGTHS if on_cpu else GPU_LENGTHS)
     recipes = shipped(contracts, args.backend) if found is None else tuned_recipes(contracts, args.backend, found, {})
+    if not on_cpu:
+        return bench_gpu(recipes, lengths)
     recipes += baselines(recipes, args.backend)
     writable(OUTPUT)
     with Progress() as progress:
@@ -409,6 +447,46 @@ def bench(args: argparse.Namespace) -> int:
     print(report.standing(results))
     print(report.goals(results))
     return 0
+
+
+def gpu_standing() -> tuple[str, ...]:
+    """The names that are contracts, in every dtype."""
+    names = []
+    for name in (pattern.format(dtype) for dtype in DTYPES for pattern in GPU_STANDING):
+        with suppress(UsageError):
+            names.append(parse(name).name)
+    return tuple(names)
+
+
+def bench_gpu(recipes: list[Recipe], lengths: list[int]) -> int:
+    backend = recipes[0].backend
+    build.compiler(backend)
+    writable(OUTPUT)
+    tokens = ["--tokens", ",".join(map(str, lengths))]
+    with Progress() as progress:
+        progress.step(f"compiling {len(recipes)} contracts")
+        program = prepare("bench_gpu", recipes)
+        progress.step("measuring ceilings, speed and decode")
+        heads = [word for name, count in GPU_HEADS.items() for word in (f"--{name}", str(count))]
+        results = measure(program, [*tokens, *heads], progress)
+        python = torch_python()
+        progress.step("measuring PyTorch's attention" if python else "no Python here has torch to compare with")
+        if python:
+            results += measure(python, [str(ROOT / "bench" / "torch_gpu.py"), *tokens, *heads[:2]], progress)
+    text, path = report.gpu_table(results), OUTPUT / f"bench_{backend}.jsonl"
+    write({path: "".join(json.dumps(r) + "\n" for r in results), OUTPUT / f"table_{backend}.txt": text})
+    print(text)
+    names(path, OUTPUT / f"table_{backend}.txt", *report.draw_gpu(results, OUTPUT / f"time_{backend}.png"))
+    return 0
+
+
+def torch_python() -> Path | None:
+    """A Python that has torch: this one, or the system's."""
+    for python in (sys.executable, shutil.which("python3")):
+        command = [python or "false", "-c", "import torch"]
+        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+            return Path(command[0])
+    return None
 
 
 def near_4k(tokens: int) -> int:

@@ -6,7 +6,11 @@
 #include "kernels.h"
 #include "oracle.h"
 
-#ifdef SIMT /* the executor must know what kernels may touch */
+#if defined(DEVICE) /* a GPU needs a copy of what its kernels may touch */
+#include "device.h"
+#define simt_memory(at, bytes) device_mirror(at, bytes)
+#define simt_forget(at) device_forget(at)
+#elif defined(SIMT) /* and the executor must know it */
 #include "simt/simt.h"
 #else
 #define simt_memory(at, bytes) ((void)0)
@@ -256,6 +260,7 @@ static inline call call_make(const kernel *k, shape s)
     c.lse = block_make((size_t)(a->batch * a->heads * a->q_tokens) * sizeof(float), s.odd ? 4 : 0);
     a->lse = (float *)(void *)c.lse.data;
     c.pattern = block_make(sizeof(nf_pattern), 0); /* left blank for operators that do not look at it */
+    simt_forget(c.pattern.data);                   /* the host's */
     a->pattern = (const nf_pattern *)(const void *)c.pattern.data;
     if (k->block)
         *(nf_pattern *)(void *)c.pattern.data = s.pattern ? *s.pattern : pattern_of(k);

@@ -8,8 +8,6 @@
 size_t nf_faulty_cpu_workspace(const nf_args *args);
 nf_status nf_faulty_cpu_forward(const nf_args *args, void *workspace, size_t bytes);
 nf_status nf_faulty_cpu_decode(const nf_args *args, void *workspace, size_t bytes);
-size_t nf_faulty_cpu_state_bytes(const nf_args *args);
-nf_status nf_faulty_cpu_state_reset(const nf_args *args);
 const nf_variant *nf_faulty_cpu_variants(int32_t *count);
 
 #endif
@@ -33,6 +31,7 @@ const nf_variant *nf_faulty_cpu_variants(int32_t *count);
 #define FAULT_nan 8       /* leaves a row of out as it was */
 #define FAULT_workspace 9 /* one byte before its workspace */
 #define FAULT_late 10     /* hangs when it is timed */
+#define FAULT_stray 11    /* some hundred bytes behind out */
 
 enum { FAULTY_D = 8 };
 
@@ -111,6 +110,8 @@ static nf_status faulty_forward(const nf_args *a, void *workspace, int fault, do
             sink = 0;
     if (fault == FAULT_overflow)
         ((float *)a->out.data)[count] = 0;
+    if (fault == FAULT_stray)
+        ((float *)a->out.data)[count + 100] = 0;
     if (fault == FAULT_crash)
         _exit(3);
     if (fault == FAULT_overread)
@@ -159,18 +160,6 @@ nf_status nf_faulty_cpu_forward(const nf_args *args, void *workspace, size_t byt
 nf_status nf_faulty_cpu_decode(const nf_args *args, void *workspace, size_t bytes)
 {
     return faulty_table[0].decode(args, workspace, bytes);
-}
-
-size_t nf_faulty_cpu_state_bytes(const nf_args *args)
-{
-    (void)args;
-    return 0;
-}
-
-nf_status nf_faulty_cpu_state_reset(const nf_args *args)
-{
-    (void)args;
-    return NF_E_STATE;
 }
 
 #endif

@@ -15,7 +15,11 @@ enum {
     FAR_EXACT = 128, /* hybrid */
     SPARSE_PARTS = WINDOW | DILATION | GLOBALS | LISTED | BLOCKS | HEAD_LISTS,
     HYBRID_PARTS = WINDOW | GLOBALS | LISTED | GAIN | FAR_EXACT,
+#ifdef SIMT
+    STATE_PARTS = WINDOW | GLOBALS | GAIN | FAR_EXACT /* that a GPU's state can carry */
+#else
     STATE_PARTS = WINDOW | DILATION | GLOBALS | GAIN | FAR_EXACT /* that a state can carry */
+#endif
 };
 
 typedef struct kit {

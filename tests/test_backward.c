@@ -531,7 +531,7 @@ static void contained(reverse *r, way w, int which, int64_t t)
 {
     const kernel *k = r->c.k;
     const int64_t n = r->c.a.q_tokens;
-    float *row = poisoned_row(r, which, t), kept[256];
+    float *row = poisoned_row(r, which, t), kept[512];
     result clean;
     CHECK(forth_and_back(r, w) == NF_OK, "%s", w.name);
     clean = result_of(r);

@@ -55,7 +55,7 @@ static void attack(call *c, int64_t from, int how)
     oracle_random r = {(uint64_t)(from + how)};
     for (int64_t j = from; j < c->a.q_tokens; j++) {
         float *k = row_at(c->a.k, 0, j, 0), *v = row_at(c->a.v, 0, j, 0), *q = row_at(c->a.q, 0, from - 1, 0);
-        float *later = row_at(c->a.q, 0, j, 0), old[256];
+        float *later = row_at(c->a.q, 0, j, 0), old[512];
         memcpy(old, k, (size_t)dim * sizeof(float));
         oracle_vector(&r, k, dim, 40 * unit);
         for (int d = 0; d < dim; d++) {
@@ -102,6 +102,27 @@ TEST_LIST(causal, CAUSALS)
                 call_free(&c);
             }
     }
+}
+
+/* Keys so uneven that favor may end a chunk before one of them: whether it does must not depend on the chunk's last. */
+TEST_LIST(uneven, CAUSALS)
+{
+    EACH_WAY(k, w)
+    for (int how = 4; how < 6; how++)
+        for (uint64_t seed = 0; seed < (QUICK ? 12 : 48); seed++) {
+            const shape s = {.q_tokens = w.chunk > 1 ? w.chunk : 8, .norm = 6 + (double)(seed % 12), .seed = seed};
+            call c = call_make(k, s);
+            result before;
+            CHECK(call_run(&c, w.forward) == NF_OK, "%s", w.name);
+            before = result_of(&c);
+            attack(&c, s.q_tokens - 1, how);
+            CHECK(call_run(&c, w.forward) == NF_OK, "%s", w.name);
+            for (int64_t i = 0; i < s.q_tokens - 1; i++)
+                CHECK(row_equal(&before, &c, 0, i, 0), "%s: row %d sees the last of %d keys, seed %d", w.name, (int)i,
+                      (int)s.q_tokens, (int)seed);
+            result_free(&before);
+            call_free(&c);
+        }
 }
 
 /* The first N rows have the same bits whether or not more tokens follow. */

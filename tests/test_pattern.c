@@ -130,7 +130,8 @@ static void equals_exact(const kernel *k, shape s, const char *what)
 TEST_LIST(everything, WITH_PATTERN)
 {
     const int64_t n = 2 * k->block + 11, blocks = 3;
-    int32_t all[512], offsets[4], keys[9];
+    block lists;
+    int32_t *const all = ints(&lists, n + 4 + 9), *const offsets = all + n, *const keys = offsets + 4;
     const nf_pattern wide = {.window = n}, huge = {.window = (int64_t)1 << 40}, globals = {.globals = n},
                      more = {.globals = (int64_t)1 << 40}, listed = {.global_tokens = all, .global_count = n},
                      listed_blocks = {.block = k->block,
@@ -142,7 +143,7 @@ TEST_LIST(everything, WITH_PATTERN)
     nf_pattern both = listed_blocks;
     const nf_pattern *const patterns[] = {&wide, &huge, &globals, &more, &listed, &listed_blocks, &both};
     both.window = n, both.globals = n, both.global_tokens = all, both.global_count = n;
-    for (int i = 0; i < 512; i++)
+    for (int i = 0; i < n; i++)
         all[i] = i;
     for (int i = 0; i < 9; i++)
         keys[i] = i % 3;
@@ -155,6 +156,7 @@ TEST_LIST(everything, WITH_PATTERN)
             snprintf(what, sizeof what, "everything, way %d", (int)i);
             equals_exact(k, s, what);
         }
+    block_free(&lists);
 }
 
 /* With q = 0 every key that is seen weighs 1: lse is the logarithm of their number, so a key counted twice, or not at
@@ -461,3 +463,65 @@ TEST_LIST(unseen, WITH_PATTERN)
         kit_free(&t);
     }
 }
+
+#ifdef SIMT
+/* ---- numbers that only the GPU sees: where they break a rule, every row says so, and nothing else happens
+ * ------------
+ */
+
+TEST_LIST(unsound, SPARSES)
+{
+    static const struct {
+        int list, at;
+        int32_t number;
+    } broken[] = {{0, 1, 0},         {0, 0, -5},        {0, 1, (1 << 20) + 1},
+                  {1, 0, -1},        {1, 2, INT32_MAX}, {1, 1, 3},
+                  {1, 2, 4},         {2, 0, 1},         {2, 1, -1},
+                  {2, 2, 1},         {2, 3, 6},         {2, 4, 4},
+                  {2, 4, INT32_MAX}, {2, 2, INT32_MIN}, {3, 0, -1},
+                  {3, 1, 0},         {3, 3, 3},         {3, 4, 4},
+                  {3, 2, INT32_MAX}, {3, 2, INT32_MIN}};
+    static const int32_t sound[4][5] = {{2, 1}, {3, 9, 40}, {0, 2, 3, 3, 5}, {0, 2, 1, 1, 3}};
+    const int count = sizeof broken / sizeof *broken;
+    for (int i = -1; i <= count; i++) {
+        block number[4], borders;
+        int32_t *list[4], *const border = ints(&borders, 3);
+        nf_pattern p = {.window = 3,
+                        .global_count = 3,
+                        .block = k->block,
+                        .block_heads = 1,
+                        .block_rows = i < count ? 4 : 3,
+                        .block_count = 5};
+        shape s = {.heads = 2, .q_tokens = 3 * k->block + 7, .norm = 3, .pattern = &p};
+        call c;
+        for (int j = 0; j < 4; j++) {
+            list[j] = ints(&number[j], 5);
+            memcpy(list[j], sound[j], sizeof sound[j]);
+        }
+        p.dilation = list[0], p.global_tokens = list[1], p.block_offsets = list[2], p.block_keys = list[3];
+        border[0] = 0, border[1] = (int32_t)s.q_tokens, border[2] = (int32_t)s.q_tokens;
+        if (i < 0) {
+            agree_shape(k, s, 10, "sound");
+        } else if (i < count) {
+            list[broken[i].list][broken[i].at] = broken[i].number;
+        } else { /* rows for less than the longest sequence */
+            list[2][3] = 5;
+            s.cu_tokens = border, s.sequences = 2;
+        }
+        c = call_make(k, s);
+        EACH_WAY(k, w)
+        {
+            CHECK(call_run(&c, w.forward) == NF_OK, "%s", w.name);
+            for (int64_t row = 0; row < 2 * s.q_tokens; row++)
+                CHECK(isnan(c.a.lse[row]) == (i >= 0) &&
+                          isnan(row_at(out_tensor(&c.a), 0, row / 2, row % 2)[5]) == (i >= 0),
+                      "%s: case %d, row %d", w.name, i, (int)row);
+            CHECK(call_intact(&c), "%s: case %d: wrote beside its rows", w.name, i);
+        }
+        call_free(&c);
+        for (int j = 0; j < 4; j++)
+            block_free(&number[j]);
+        block_free(&borders);
+    }
+}
+#endif

@@ -593,8 +593,8 @@ TEST_LIST(merge_in_order, SPARSES)
         shape s = {.heads = 4, .kv_heads = 2, .q_tokens = 3 * k->block + 40, .norm = 3, .seed = (uint64_t)i};
         const int64_t first = below(&random, i % 2 ? 8 : s.q_tokens / 2);
         const int64_t second = first + below(&random, i % 3 ? s.q_tokens / 2 : 8);
-        kit t =
-            kit_make(k, (i % 4 ? GLOBALS : 0) | (i % 5 ? WINDOW : 0) | (i % 2 ? DILATION : 0), 4, s.q_tokens, &random);
+        const int parts = (i % 4 ? GLOBALS : 0) | (i % 5 ? WINDOW : 0) | (i % 2 ? DILATION : 0);
+        kit t = kit_make(k, STATE_PARTS & parts, 4, s.q_tokens, &random);
         block a, out;
         call c;
         s.pattern = &t.p;

@@ -35,7 +35,7 @@ def test_mypy() -> None:
 
 
 def c_files() -> list[Path]:
-    endings = (".c", ".h")
+    endings = (".c", ".h", ".cu")
     return sorted(f for folder in C_FOLDERS for f in (ROOT / folder).rglob("*") if f.name.endswith(endings))
 
 

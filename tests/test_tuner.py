@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from generator import UsageError, inputs, projections, quality, report  # noqa: E402
 
 CC = os.environ.get("CC") or shutil.which("cc") or "gcc"
-INCLUDE = [f"-I{ROOT / folder}" for folder in ("bench", "tests", "include")]
+INCLUDE = [f"-I{ROOT / folder}" for folder in ("bench", "tests", "include", "include/nearfar")]
 Fault = tuple[str, float, str]  # name, microseconds per launch, fault
 PLAIN: Fault = ("plain", 200, "none")
 
@@ -32,30 +32,37 @@ KERNELS_H = """\
 #define FAULTS(X) {faults}
 #include "faulty.h"
 #define NF_TOOL "test"
+#define NF_BACKEND "{backend}"
+#define nf_faulty_cpu_STATE NULL, NULL
+{switch}
 #define NF_KERNELS(X) X(nf_faulty_cpu, "faulty_d8", exact, none, f32, 8, 8, 0, 0, 0)
 #define nf_faulty_cpu_CODES(X) {codes}
 #endif
 """
 
 
-def compile_c(folder: Path, sources: list[str], program: str) -> Path:
+def compile_c(folder: Path, sources: list[str], program: str, cc: str = CC) -> Path:
     """Compile as one line, as it would be done by hand."""
-    command = [CC, "-O1", f"-I{folder}", *INCLUDE, *sources, "-o", program, "-lm", "-lpthread"]
+    command = [cc, "-O1", f"-I{folder}", *INCLUDE, *sources, "-o", program, "-lm", "-lpthread"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder / program
 
 
 class Tuner:
-    """The tuner, with these candidates; the first is the default."""
+    """The tuner, with these candidates; the first is the default. For a GPU (cuda) they get memory of the device from
+    the executor's runtime."""
 
-    def __init__(self, folder: Path, faults: list[Fault]) -> None:
+    def __init__(self, folder: Path, faults: list[Fault], backend: str = "cpu") -> None:
         self.records = folder / "records.jsonl"
         rows = " ".join(f"X({name}, {microseconds}, {fault})" for name, microseconds, fault in faults)
         codes = " ".join(f'X("{name}", "code-of-{name}", {int(i == 0)})' for i, (name, _, _) in enumerate(faults))
-        (folder / "kernels.h").write_text(KERNELS_H.format(faults=rows, codes=codes))
+        gpu = backend != "cpu"
+        text = KERNELS_H.format(faults=rows, codes=codes, backend=backend, switch="#define NF_ON_GPU" if gpu else "")
+        (folder / "kernels.h").write_text(text)
         (folder / "faulty.c").write_text('#define NEARFAR_IMPLEMENTATION\n#include "kernels.h"\n')
-        self.program = compile_c(folder, ["faulty.c", str(ROOT / "bench" / "tune.c")], "tune")
+        sources = ["faulty.c", str(ROOT / "bench" / "tune.c"), *([str(ROOT / "bench" / "device.cu")] if gpu else [])]
+        self.program = compile_c(folder, sources, "tune", str(ROOT / "tests" / "simt" / "nvcc") if gpu else CC)
 
     def command(self, *options: str) -> list[str]:
         fixed = ["--json", str(self.records), "--tokens", "64", "--timeout", "1"]
@@ -97,6 +104,7 @@ def test_every_fault_is_told_apart(make: Make) -> None:
         "late": "timeout",
         "crash": "launch",
         "overread": "launch",
+        "stray": "launch",
         "constraint": "constraint",
     }
     record = make(

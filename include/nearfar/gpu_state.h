@@ -55,6 +55,22 @@ NF_DEVICE nf_far nf_far_state(const nf_unit *u, const nf_contract *c)
     return nf_far_of(u->state ? (float *)(void *)(u->state + 1) : NULL, c->features);
 }
 
+/* Of hybrid: up to which position keys are in the far field while the last of so many tokens attends. */
+NF_DEVICE int64_t nf_far_end(const nf_unit *u, int64_t tokens, int64_t block)
+{
+    const int64_t blocks = tokens > 0 ? (tokens - 1) / block : 0;
+    return blocks > u->window ? (blocks - u->window) * block : 0;
+}
+
+/* The number of a unit's last segment. Under the causal mask, and in hybrid, it is merged with none. */
+NF_DEVICE int64_t nf_last_segment(const nf_work *w, const nf_unit *u)
+{
+    const int64_t block = w->contract.block, end = u->past + u->kv_tokens;
+    if (block)
+        return (nf_far_end(u, end, block) - nf_far_end(u, u->past, block)) / w->length;
+    return (u->kv_tokens + w->length - 1) / w->length - (u->mask == NF_CAUSAL);
+}
+
 /* What a launch does: all of a unit, the state of a segment's keys, a segment against its slot, queries alone. */
 enum { NF_WHOLE, NF_KEYS, NF_SEGMENT, NF_QUERIES };
 
@@ -108,11 +124,13 @@ NF_KERNEL(NF_STATE_THREADS, 1) nf_carry(nf_work w)
     const int64_t m = c->features, width = c->dim + 1, stride = NF_STATE_THREADS * NF_STATE_BLOCKS;
     const nf_far to = nf_far_before(nf_slot_of_round(&w, w.round + 1), c);
     nf_far from;
-    int64_t last;
+    int64_t last; /* segments that are merged */
+    float left;   /* of what is before a segment, behind it */
     nf_unit u;
     nf_open(&w, &u);
     from = w.round ? nf_far_before(nf_slot_of_round(&w, w.round), c) : nf_far_state(&u, c);
-    last = (u.kv_tokens + w.length - 1) / w.length - (u.mask == NF_CAUSAL); /* segments that are merged */
+    last = nf_last_segment(&w, &u);
+    left = u.decay < 0 ? (float)nf_exp((double)u.decay * (double)w.length) : 1;
     for (int64_t e = nf_block_y() * NF_STATE_THREADS + nf_thread(); e < m * width; e += stride) {
         const int64_t r = e / width, d = e % width, at = d < c->dim ? r * c->dim + d : r;
         float reference = from.r ? from.r[r] : NF_NO_KEY, sum = 0;
@@ -125,10 +143,10 @@ NF_KERNEL(NF_STATE_THREADS, 1) nf_carry(nf_work w)
             const int merged = w.first + i < last;
             const float x = !merged ? 0 : d < c->dim ? own.s[at] : own.z[r], y = merged ? own.r[r] : reference;
             const float higher = y > reference ? y : reference;
-            *place = sum;
+            *place = sum; /* where x was */
             if (d == c->dim)
                 before.r[r] = reference;
-            sum = sum * nf_power_of_two(reference - higher) + x * nf_power_of_two(y - higher);
+            sum = sum * (left * nf_power_of_two(reference - higher)) + x * nf_power_of_two(y - higher);
             reference = higher;
         }
         *((d < c->dim ? to.s : to.z) + at) = sum;
@@ -158,6 +176,7 @@ NF_KERNEL(NF_STATE_THREADS, 1) nf_reset(nf_work w)
         nf_state_unit fresh;
         __builtin_memset(&fresh, 0, sizeof fresh);
         fresh.hash = nf_state_hash(&w.contract, p, index);
+        fresh.decay = nf_decay(&w.contract, p, index);
         *unit = fresh;
     }
     if (nf_thread() == 0 && index == 0) {
@@ -174,24 +193,80 @@ NF_KERNEL(NF_STATE_THREADS, 1) nf_reset(nf_work w)
     }
 }
 
-/* dst = a + b of one unit, which may be a or b. If these do not belong together, dst is of no call any more. */
+/* A unit of a state. */
+NF_DEVICE nf_state_unit *nf_unit_in(const nf_work *w, const void *state)
+{
+    return (nf_state_unit *)(void *)((char *)(uintptr_t)state + sizeof(nf_state_head) +
+                                     (size_t)nf_block_x() * w->plan.state_unit);
+}
+
+/* Do this block's units of a and b belong together, and to the call? */
+NF_DEVICE int nf_mergeable(const nf_work *w)
+{
+    const nf_state_head *const ha = (const nf_state_head *)w->a, *const hb = (const nf_state_head *)w->b;
+    const nf_state_unit *const a = nf_unit_in(w, w->a), *const b = nf_unit_in(w, w->b);
+    return a->hash == b->hash && a->tokens >= 0 && b->tokens >= 0 && ha->magic == NF_MAGIC_STATE &&
+           ha->contract == w->contract.hash && ha->units == w->plan.units && ha->globals == w->plan.globals &&
+           ha->ring == w->plan.ring && hb->magic == ha->magic && hb->contract == ha->contract &&
+           hb->units == ha->units && hb->globals == ha->globals && hb->ring == ha->ring;
+}
+
+/* Numbers from .. to of a column, turned around. */
+NF_DEVICE void nf_turn(float *column, int64_t from, int64_t to, int64_t stride)
+{
+    for (to--; from < to; from++, to--) {
+        const float x = column[from * stride];
+        column[from * stride] = column[to * stride];
+        column[to * stride] = x;
+    }
+}
+
+/* The near field of dst: a's tokens and then b's, so b's token p stands at position a->tokens + p. A thread has a
+ * column of the keys or values for itself, as dst may be a or b. */
+NF_KERNEL(NF_STATE_THREADS, 1) nf_merge_near(nf_work w)
+{
+    const int64_t globals = w.plan.globals, ring = w.plan.ring, dim = w.contract.dim;
+    const int64_t before = nf_unit_in(&w, w.a)->tokens, tokens = before + nf_unit_in(&w, w.b)->tokens;
+    const int64_t kept = tokens > ring ? tokens - ring : 0; /* the first token that the ring still holds */
+    for (int64_t e = nf_thread(); e < 2 * dim && nf_mergeable(&w); e += NF_STATE_THREADS) {
+        const int64_t at = e / dim * (globals + ring) * dim + e % dim;
+        const float *const a = (const float *)(const void *)(nf_unit_in(&w, w.a) + 1) + at, *const x =
+                                                                                                a + globals * dim;
+        const float *const b = (const float *)(const void *)(nf_unit_in(&w, w.b) + 1) + at, *const y =
+                                                                                                b + globals * dim;
+        float *const dst = (float *)(void *)(nf_unit_in(&w, w.dst) + 1) + at, *const to = dst + globals * dim;
+        for (int64_t g = globals - 1; g >= 0; g--) /* from the last on: a number of b moves up */
+            dst[g * dim] = g < before || g >= tokens ? a[g * dim] : b[(g - before) * dim];
+        if (to == y && (to != x || tokens - before >= ring)) {
+            const int64_t by = ring ? before % ring : 0;
+            nf_turn(to, 0, ring, dim), nf_turn(to, 0, by, dim), nf_turn(to, by, ring, dim);
+            for (int64_t p = kept; p < before; p++)
+                to[p % ring * dim] = x[p % ring * dim];
+        } else {
+            for (int64_t p = 0; p < ring; p++)
+                to[p * dim] = x[p * dim];
+            for (int64_t p = kept > before ? kept : before; p < tokens && ring; p++)
+                to[p % ring * dim] = y[(p - before) % ring * dim];
+        }
+    }
+}
+
+/* dst = a + b of one unit, a having decayed over b's tokens; dst may be a or b. If these do not belong together, dst is
+ * of no call any more. */
 NF_KERNEL(NF_STATE_THREADS, 1) nf_merge(nf_work w)
 {
     const int64_t m = w.contract.features, dim = w.contract.dim;
-    const size_t at = sizeof(nf_state_head) + (size_t)nf_block_x() * w.plan.state_unit;
-    const nf_state_unit *const a = (const nf_state_unit *)(const void *)((const char *)w.a + at);
-    const nf_state_unit *const b = (const nf_state_unit *)(const void *)((const char *)w.b + at);
-    nf_state_unit *const dst = (nf_state_unit *)(void *)((char *)w.dst + at);
+    const nf_state_unit *const a = nf_unit_in(&w, w.a), *const b = nf_unit_in(&w, w.b);
+    nf_state_unit *const dst = nf_unit_in(&w, w.dst);
     const float *const x = (const float *)(const void *)(a + 1), *const y = (const float *)(const void *)(b + 1);
     float *const to = (float *)(void *)(dst + 1);
-    const nf_state_head *const ha = (const nf_state_head *)w.a, *const hb = (const nf_state_head *)w.b;
-    const int alike = a->hash == b->hash && ha->magic == NF_MAGIC_STATE && ha->contract == w.contract.hash &&
-                      ha->units == w.plan.units && hb->magic == ha->magic && hb->contract == ha->contract &&
-                      hb->units == ha->units;
+    const int alike = nf_mergeable(&w);
+    const float left = a->decay < 0 ? (float)nf_exp((double)a->decay * (double)b->tokens) : 1;
     for (int64_t e = nf_thread(); e < m * (dim + 1); e += NF_STATE_THREADS) { /* z, S */
         const int64_t r = e < m ? e : (e - m) / dim;
         const float reference = x[r] > y[r] ? x[r] : y[r];
-        to[m + e] = x[m + e] * nf_power_of_two(x[r] - reference) + y[m + e] * nf_power_of_two(y[r] - reference);
+        to[m + e] =
+            x[m + e] * (left * nf_power_of_two(x[r] - reference)) + y[m + e] * nf_power_of_two(y[r] - reference);
     }
     nf_barrier(); /* only now may R be written, where dst is a or b */
     for (int64_t r = nf_thread(); r < m; r += NF_STATE_THREADS)
@@ -202,7 +277,7 @@ NF_KERNEL(NF_STATE_THREADS, 1) nf_merge(nf_work w)
         merged.tokens = a->tokens + b->tokens;
         *dst = merged;
         if (nf_block_x() == 0 && w.dst != w.a && w.dst != w.b)
-            *(nf_state_head *)w.dst = *ha;
+            *(nf_state_head *)w.dst = *(const nf_state_head *)w.a;
     }
 }
 
@@ -215,7 +290,9 @@ NF_UNUSED static nf_status nf_launch_segments(nf_kernel kernel, nf_work *w, int 
 {
     const nf_args *a = &w->plan.args;
     const int64_t units = w->plan.end - w->plan.begin, count = NF_SLOTS / (w->plan.units > 0 ? w->plan.units : 1) - 2;
-    const int64_t segments = (a->kv_tokens + length - 1) / length;
+    const int64_t block = w->contract.block;
+    const int64_t segments =
+        (a->kv_tokens + (block ? block + length : length) - 1) / length; /* hybrid: up to so many */
     nf_status status = NF_OK;
     w->first = w->round = 0;
     w->count = 1;
@@ -240,7 +317,7 @@ NF_UNUSED static nf_status nf_launch_segments(nf_kernel kernel, nf_work *w, int 
             const int64_t left = (a->q_tokens + length - 1) / length - w->first;
             status = nf_launch(kernel, w, units, left > 0xffff ? 0xffff : left > 1 ? left : 1, threads, shared);
         }
-    return status == NF_OK && a->state ? nf_launch(nf_count, w, units, 1, 32, 0) : status;
+    return status == NF_OK && a->state && !block ? nf_launch(nf_count, w, units, 1, 32, 0) : status;
 }
 
 /* Check, then launch. */
@@ -269,7 +346,7 @@ NF_UNUSED static nf_status nf_launch_merge(const nf_contract *c, const nf_args *
                                            const void *b)
 {
     nf_work w;
-    const nf_status status = nf_check_shape(c, args, &w.plan);
+    nf_status status = nf_check_shape(c, args, &w.plan);
     if (status != NF_OK)
         return status;
     if (!dst || !a || !b)
@@ -281,6 +358,10 @@ NF_UNUSED static nf_status nf_launch_merge(const nf_contract *c, const nf_args *
         return NF_E_OVERLAP;
     w.contract = *c;
     w.dst = dst, w.a = a, w.b = b;
+    if (c->features && c->block) /* what is near depends on where the sequence ends */
+        return NF_E_STATE;
+    if (c->block && (status = nf_launch(nf_merge_near, &w, w.plan.units, 1, NF_STATE_THREADS, 0)) != NF_OK)
+        return status;
     return nf_launch(nf_merge, &w, w.plan.units, 1, NF_STATE_THREADS, 0);
 }
 

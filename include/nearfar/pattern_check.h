@@ -22,7 +22,7 @@ static nf_status nf_check_lists(const nf_contract *c, const nf_pattern *pattern,
     if (!nf_aligned(pattern->global_tokens, sizeof(int32_t)) || !nf_aligned(offset, sizeof(int32_t)) ||
         !nf_aligned(pattern->block_keys, sizeof(int32_t)))
         return NF_E_ALIGN;
-    if (!nf_rising(pattern->global_tokens, pattern->global_count, tokens))
+    if (!c->device && !nf_rising(pattern->global_tokens, pattern->global_count, tokens))
         return NF_E_GLOBALS;
     if (!offset)
         return pattern->block || pattern->block_heads || pattern->block_rows || pattern->block_count ? NF_E_BLOCKS
@@ -32,8 +32,12 @@ static nf_status nf_check_lists(const nf_contract *c, const nf_pattern *pattern,
     if (pattern->block_count && !pattern->block_keys)
         return NF_E_NULL;
     if (pattern->block != c->block || (pattern->block_heads != 1 && pattern->block_heads != heads) ||
-        pattern->block_rows < blocks || pattern->block_count < 0 || nf_product(pattern->block_rows, 8) < 0 ||
-        nf_product(pattern->block_heads, pattern->block_rows * 8 + 8) < 0 || offset[0] != 0)
+        pattern->block_rows < blocks || pattern->block_count < 0 || pattern->block_count > INT32_MAX ||
+        nf_product(pattern->block_rows, 8) < 0 || nf_product(pattern->block_heads, pattern->block_rows * 8 + 8) < 0)
+        return NF_E_BLOCKS;
+    if (c->device)
+        return NF_OK;
+    if (offset[0] != 0)
         return NF_E_BLOCKS;
     for (int64_t h = 0; h < pattern->block_heads; h++)
         for (int64_t b = 0; b <= pattern->block_rows; b++) {
@@ -49,12 +53,14 @@ static nf_status nf_check_lists(const nf_contract *c, const nf_pattern *pattern,
     return NF_OK;
 }
 
-/* The pattern, and the rows of the near field that a state carries for it. */
+/* The pattern, and the rows of the near field that a state carries for it. The numbers in a GPU's memory are looked at
+ * there (gpu_pattern.h); its states know no dilation, on which their size depends. */
 static nf_status nf_check_pattern(nf_plan *p)
 {
     const nf_contract *c = p->contract;
     const nf_args *a = &p->args;
     const nf_pattern *pattern = a->pattern;
+    const int unknown = c->device && pattern && pattern->dilation;
     int64_t dilation = 1, tokens = a->kv_tokens, rows;
     nf_status status;
     if (!pattern)
@@ -65,26 +71,27 @@ static nf_status nf_check_pattern(nf_plan *p)
         return NF_E_WINDOW;
     if (!nf_aligned(pattern->dilation, sizeof(int32_t)) || !nf_aligned(pattern->far_gain, sizeof(float)))
         return NF_E_ALIGN;
-    for (int64_t h = 0; pattern->dilation && h < a->heads; h++) {
+    for (int64_t h = 0; pattern->dilation && h < a->heads && !c->device; h++) {
         if (pattern->dilation[h] < 1 || pattern->dilation[h] > 1 << 20)
             return NF_E_WINDOW;
         dilation = pattern->dilation[h] > dilation ? pattern->dilation[h] : dilation;
     }
-    for (int64_t h = 0; pattern->far_gain && h < a->heads; h++)
+    for (int64_t h = 0; pattern->far_gain && h < a->heads && !c->device; h++)
         if (!nf_finite(pattern->far_gain[h]))
             return NF_E_VALUE;
-    if (pattern->globals < 0 || pattern->globals > (int64_t)1 << 40 || pattern->global_count < 0)
+    if (pattern->globals < 0 || pattern->globals > (int64_t)1 << 40 || pattern->global_count < 0 ||
+        pattern->global_count > a->kv_tokens)
         return NF_E_GLOBALS;
     if (pattern->flags & ~(c->features ? NF_FAR_EXACT : 0u))
         return NF_E_VALUE;
-    if ((c->features && dilation > 1) ||
+    if ((c->features && (dilation > 1 || unknown)) ||
         (!c->features && !pattern->window && !pattern->globals && !pattern->global_count && !pattern->block_offsets))
         return NF_E_PATTERN;
-    if (a->state && (pattern->global_count || pattern->block_offsets))
+    if (a->state && (pattern->global_count || pattern->block_offsets || unknown))
         return NF_E_PATTERN;
     if (a->cu_tokens) {
         tokens = 0;
-        for (int64_t s = 0; s < a->sequences; s++)
+        for (int64_t s = 0; s < a->sequences && !c->device; s++)
             tokens = a->cu_tokens[s + 1] - a->cu_tokens[s] > tokens ? a->cu_tokens[s + 1] - a->cu_tokens[s] : tokens;
     }
     if ((status = nf_check_lists(c, pattern, a->heads, tokens)) != NF_OK)
@@ -101,7 +108,8 @@ static nf_status nf_check_pattern(nf_plan *p)
         p->window = pattern->window;
         p->ring = p->window ? (p->window - 1) * dilation + 1 : 0;
     }
-    rows = nf_product(p->globals + p->ring, c->dim * 2 * (int64_t)sizeof(float));
+    p->pattern = *pattern;
+    rows = unknown ? -1 : nf_product(p->globals + p->ring, c->dim * 2 * (int64_t)sizeof(float));
     p->state_unit = rows < 0 ? 0 : p->state_unit + (size_t)rows;
     return rows < 0 && a->state ? NF_E_OVERFLOW : NF_OK;
 }
