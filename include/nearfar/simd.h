@@ -15,9 +15,6 @@
 #define NF_UNROLL_BY_4 _Pragma("GCC unroll 4")
 #endif
 
-/* Ask for the line of memory that p is in. */
-#define NF_PREFETCH(p) __builtin_prefetch(p, 0, 2)
-
 /* The operations that compilers do on vectors of their own accord. */
 #define NF_NOTHING
 #define NF_ARITHMETIC(attributes, type, add, sub, mul) \
