@@ -14,7 +14,8 @@ MAX_SHIPPED = 5  # variants in a shipped header
 
 @dataclass(frozen=True)
 class Target:
-    """An instruction set. lanes: floats in a vector; registers: vectors it holds (a GPU: 0, see misfit)."""
+    """An instruction set. lanes: floats in a vector (a GPU with matrix units: threads that share them, otherwise 1);
+    registers: vectors it holds (a GPU: 0, see misfit)."""
 
     name: str
     lanes: int
@@ -32,6 +33,7 @@ class Target:
         return known and features and not (self.square and contract.v)
 
 
+MATRIX_KERNELS = (("bf16", "f16"), ("exact", "sparse"), True, True)  # what its matrix units have
 GPU_KERNELS = (DTYPES, ("favor", "linear", "exact", "sparse"), True, True)  # what a GPU has kernels for
 # Best first: the order of a header's variants and of the choice at run time.
 TARGETS = {
@@ -50,15 +52,25 @@ TARGETS = {
         Target("neon", 4, 32, "64-bit Arm"),
         Target("c", 4, 16, "any processor"),
     ),
-    "cuda": (Target("simt", 1, 0, "any NVIDIA GPU from compute capability 7.5 on", *GPU_KERNELS),),
-    "hip": (Target("simt", 1, 0, "any AMD GPU that HIP knows", *GPU_KERNELS),),
+    "cuda": (
+        Target("sm80", 32, 0, "NVIDIA GPUs from compute capability 8.0 on", *MATRIX_KERNELS),
+        Target("simt", 1, 0, "any NVIDIA GPU from compute capability 7.5 on", *GPU_KERNELS),
+    ),
+    "hip": (
+        Target("gfx90a", 64, 0, "AMD Instinct MI200", *MATRIX_KERNELS),
+        Target("gfx942", 64, 0, "AMD Instinct MI300", *MATRIX_KERNELS),
+        Target("gfx11", 32, 0, "AMD RDNA3", *MATRIX_KERNELS),
+        Target("gfx12", 32, 0, "AMD RDNA4", *MATRIX_KERNELS),
+        Target("simt", 1, 0, "any AMD GPU that HIP knows", *GPU_KERNELS),
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Variant:
     """target_c<tokens per chunk>_r<rows>x<vectors>: the register tile holds r rows of x vectors of accumulators.
-    On a GPU r threads share x columns of the values, and _s<tokens> is the segment of a sequence that a block takes."""
+    On a GPU r threads share x columns of the values (softmax on matrix units: x times 16 keys are a tile), and
+    _s<tokens> is the segment of a sequence that a block takes."""
 
     target: str
     c: int
@@ -112,7 +124,10 @@ GPU = {
         "16x2": (8, 4),
     }
 }
-GPU_EXACT = {"simt": {"4x1": (32, 16), "4x2": (32, 16), "4x4": (16,), "8x1": (32, 16)}}
+# Softmax on matrix units: a warp has 16 rows of a block.
+GPU_EXACT = {
+    target: {"1x4": (64, 128, 32), "1x2": (64, 32)} for target in ("sm80", "gfx90a", "gfx942", "gfx11", "gfx12")
+} | {"simt": {"4x1": (32, 16), "4x2": (32, 16), "4x4": (16,), "8x1": (32, 16)}}
 SPACE = {
     **{
         ("favor", "cpu"): FAVOR,
@@ -130,6 +145,10 @@ SEGMENT = 1024  # tokens of a segment, where an operator has a state
 def fault(variant: Variant, target: Target) -> str | None:
     """The rule that a variant breaks, or None."""
     c, r, x = variant.c, variant.r, variant.x
+    if target.lanes > 1 and not target.registers:
+        if c % 16 or not 16 <= c <= 128 or x not in (1, 2, 4) or r > x:
+            return "c must be a multiple of 16 from 16 to 128, x 1, 2 or 4, r at most x"
+        return None if not variant.s or variant.s >= 16 else "segments must be of 16 to 9999 tokens"
     if not target.registers:
         if c % 4 or not 4 <= c <= 128 or r not in (1, 2, 4, 8, 16, 32) or x not in (1, 2, 4):
             return "c must be a multiple of 4 from 4 to 128, r 1, 2, 4 and so on to 32, x 1, 2 or 4"
@@ -157,6 +176,8 @@ def misfit(contract: Contract, variant: Variant, target: Target) -> str | None:
     """The rule that a variant breaks with this contract, or None."""
     if target.registers:
         return None
+    if target.lanes > 1:
+        return misfit_softmax(contract, variant)
     c, r, d, m = variant.c, variant.r, contract.d, -(-contract.features // (4 * variant.r)) * 4 * variant.r
     if (variant.s > 0) != (m > 0):
         return f"it must{'' if m else ' not'} end in _s<tokens>, the segments of operators with a state"
@@ -170,6 +191,17 @@ def misfit(contract: Contract, variant: Variant, target: Target) -> str | None:
         return f"d / x * r = {threads} threads of a block must be a multiple of 32 up to 512"
     if floats > 128 or threads * (floats + 100) > 65536:
         return f"{threads} threads with {floats} floats of {what} each do not fit a GPU's registers"
+    return None if shared <= 65536 else f"it takes {shared} bytes of shared memory, at most 65536 are everywhere"
+
+
+def misfit_softmax(contract: Contract, variant: Variant) -> str | None:
+    """The same of softmax on matrix units: a thread holds queries and outputs, a block two tiles of keys and values."""
+    c, d, n = variant.c, contract.d, 16 * variant.x
+    if d % 16 or d > 128:
+        return f"d = {d} must be a multiple of 16 up to 128"
+    if variant.r != 1 or variant.s or c > 2 * n:
+        return f"it must be r1, without segments, and c at most {2 * n}, two tiles of keys"
+    shared = 8 * n * (d + 8) + 36 * n + 12 * c + 700
     return None if shared <= 65536 else f"it takes {shared} bytes of shared memory, at most 65536 are everywhere"
 
 
