@@ -176,35 +176,6 @@ static void line_end(measure_text *t)
     free(t->data);
 }
 
-/* Keys that a query attends to exactly, mean over the tokens of a causal call with the kernel's own pattern. */
-static double near_keys(const kernel *k, int64_t tokens)
-{
-    const nf_pattern *p = &k->pattern;
-    double sum = 0;
-    for (int64_t t = 0; t < tokens; t++) {
-        int64_t first = t + 1 - p->window; /* of the window */
-        if (k->op == HYBRID)
-            first = (t / k->b - (p->window + k->b - 1) / k->b) * k->b;
-        if (first < 0 || k->op == EXACT)
-            first = 0;
-        sum += (double)(t + 1 - first + (first < p->globals ? first : p->globals));
-    }
-    return sum / (double)tokens;
-}
-
-/* GEMM flops per token and head. */
-static double flops(const kernel *k, const char *suffix, int64_t tokens)
-{
-    const double d = k->d, v = k->v,
-                 m = k->op != LINEAR            ? k->m
-                     : k->map == ORACLE_TAYLOR2 ? 1 + d + d * (d + 1) / 2
-                                                : d;
-    const double t = kernel_chunk(suffix) / 2.0, far = 4 * k->rows * d + 4 * m * v;
-    if (k->op == LINEAR)
-        return kernel_full_only(k) ? far : far + 2 * t * (d + v);
-    return k->op == FAVOR ? far + 2 * t * (m + v) : far + 4 * d * near_keys(k, tokens);
-}
-
 /* Nanoseconds per unit: the fastest sample and the median. */
 static void line_times(measure_text *t, subject *s, double *fastest)
 {
@@ -284,7 +255,7 @@ static void speed_at(const way *list, int count, int64_t tokens)
     measure_all(s, count, possible);
     for (int i = 0; i < count; i++) {
         measure_text t = line_new("speed", list[i].kernel, list[i].variant);
-        const double work = flops(list[i].kernel, kernel_suffix(list[i].kernel, list[i].variant), tokens);
+        const double work = kernel_flops(list[i].kernel, kernel_suffix(list[i].kernel, list[i].variant), tokens);
         measure_add(&t, ",\"tokens\":%lld,\"heads\":%lld", (long long)tokens, (long long)heads);
         line_times(&t, &s[i], &fastest);
         line_number(&t, "flops", work);

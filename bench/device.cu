@@ -175,6 +175,24 @@ const char *device_fetch(void)
     return trouble;
 }
 
+void *device_new(size_t bytes, const void *from, size_t some)
+{
+    unsigned char *p;
+    size_t done = some < bytes ? some : bytes;
+    must(GPU(Malloc)((void **)&p, bytes), "out of memory");
+    must(GPU(MemcpyAsync)(p, from, done, GPU(MemcpyHostToDevice), stream()), "cannot copy");
+    for (; done < bytes; done += done < bytes - done ? done : bytes - done)
+        must(GPU(MemcpyAsync)(p + done, p, done < bytes - done ? done : bytes - done, GPU(MemcpyDeviceToDevice),
+                              stream()),
+             "cannot copy");
+    return p;
+}
+
+void device_delete(void *p)
+{
+    GPU(Free)(p);
+}
+
 double device_time(void (*work)(void *on), void *on)
 {
     static GPU(Event_t) from, to;
@@ -189,4 +207,25 @@ double device_time(void (*work)(void *on), void *on)
     must(GPU(EventSynchronize)(to), "a kernel failed");
     must(GPU(EventElapsedTime)(&milliseconds, from, to), "cannot read an event");
     return 1e-3 * (double)milliseconds;
+}
+
+enum { COPIED = 1 << 28 }; /* bytes: more than caches hold */
+
+static void copy(void *on)
+{
+    unsigned char *p = (unsigned char *)on;
+    GPU(MemcpyAsync)(p, p + COPIED, COPIED, GPU(MemcpyDeviceToDevice), stream());
+}
+
+double device_copy_rate(void)
+{
+    const unsigned char zero[16] = {0};
+    void *p = device_new((size_t)2 * COPIED, zero, sizeof zero);
+    double best = 1e300;
+    for (int i = 0; i < 10; i++) {
+        const double seconds = device_time(copy, p);
+        best = seconds < best ? seconds : best;
+    }
+    device_delete(p);
+    return 2.0 * COPIED / best;
 }

@@ -40,6 +40,15 @@ const char *device_fetch(void);
 /* Seconds that the device needs for what work(on) launches. */
 double device_time(void (*work)(void *on), void *on);
 
+/* Memory of the device alone: `bytes` of it, filled with the `some` bytes at from over and over. */
+void *device_new(size_t bytes, const void *from, size_t some);
+void device_delete(void *p);
+
+/* Ceilings: bytes per second of a copy on the device, read and written; flop per second of products of bf16
+ * (products.cu; 0: no matrix units), for a GPU of so many units. */
+double device_copy_rate(void);
+double device_product_rate(long units);
+
 #else
 
 static inline void device_mirror(const void *at, size_t bytes)

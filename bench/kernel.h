@@ -345,4 +345,33 @@ static inline void kernel_oracle(const kernel *k, const nf_pattern *pattern, con
     oracle_attention(&head, out, lse);
 }
 
+/* Keys that a query attends to exactly, mean over the tokens of a causal call with the kernel's own pattern. */
+static inline double kernel_near_keys(const kernel *k, int64_t tokens)
+{
+    const nf_pattern *p = &k->pattern;
+    double sum = 0;
+    for (int64_t t = 0; t < tokens; t++) {
+        int64_t first = t + 1 - p->window; /* of the window */
+        if (k->op == HYBRID)
+            first = (t / k->b - (p->window + k->b - 1) / k->b) * k->b;
+        if (first < 0 || k->op == EXACT)
+            first = 0;
+        sum += (double)(t + 1 - first + (first < p->globals ? first : p->globals));
+    }
+    return sum / (double)tokens;
+}
+
+/* GEMM flops per token and head. */
+static inline double kernel_flops(const kernel *k, const char *suffix, int64_t tokens)
+{
+    const double d = k->d, v = k->v,
+                 m = k->op != LINEAR            ? k->m
+                     : k->map == ORACLE_TAYLOR2 ? 1 + d + d * (d + 1) / 2
+                                                : d;
+    const double t = kernel_chunk(suffix) / 2.0, far = 4 * k->rows * d + 4 * m * v;
+    if (k->op == LINEAR)
+        return kernel_full_only(k) ? far : far + 2 * t * (d + v);
+    return k->op == FAVOR ? far + 2 * t * (m + v) : far + 4 * d * kernel_near_keys(k, tokens);
+}
+
 #endif /* KERNEL_H */

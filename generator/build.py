@@ -14,9 +14,14 @@ from pathlib import Path
 from . import UsageError, __version__
 from .render import ROOT, Recipe, render, variant_code, write
 
-SOURCES = {"tune": ("bench/tune.c", "bench/verify.h"), "bench": ("bench/bench.c",)}
+SOURCES = {
+    "tune": ("bench/tune.c", "bench/verify.h"),
+    "bench": ("bench/bench.c",),
+    "bench_gpu": ("bench/bench_gpu.c", "include/nearfar/args.h", "include/nearfar/gpu.h"),
+}
+ON_GPU = {"tune": ("bench/device.cu",), "bench_gpu": ("bench/device.cu", "bench/products.cu")}
 SHARED = ("bench/kernel.h", "bench/measure.h", "bench/device.h", "tests/oracle.h", "include/nearfar/core.h")
-LIBRARIES = {"tune": ("-lm",), "bench": ("-lm", "-lpthread")}
+LIBRARIES = {"tune": ("-lm",), "bench": ("-lm", "-lpthread"), "bench_gpu": ("-lm",)}
 
 
 class BuildError(Exception):
@@ -127,7 +132,7 @@ def sources(program: str, recipes: list[Recipe]) -> dict[str, str]:
     kit = TOOLKITS.get(recipes[0].backend)
     ending = kit.ending if kit else "c"
     if kit:
-        files[f"device.{ending}"] = text_of("bench/device.cu")
+        files.update({f"{Path(p).stem}.{ending}": text_of(p) for p in ON_GPU[program]})
     switch = "#define NEARFAR_FORWARD_ONLY\n" if program == "tune" else ""  # races are forward: compile no more
     for recipe in recipes:
         files[recipe.file_name] = render(recipe)

@@ -291,6 +291,63 @@ def columns(rows: list[list[str]]) -> list[str]:
     return [line(rows[0]), "  ".join("-" * w for w in widths), *map(line, rows[1:])]
 
 
+# ---- a GPU ---------------------------------------------------------------------------------------------------------
+
+
+def gpu_curves(results: list[Line]) -> dict[str, dict[int, float]]:
+    """Nanoseconds per token and head by length, of our contracts and of the peers that could be timed."""
+    curves: dict[str, dict[int, float]] = {}
+    for r in results:
+        if r["bench"] == "speed":
+            curves.setdefault(r["contract"], {})[r["tokens"]] = r["ns_med"]
+        elif r["bench"] == "peer" and "ns_med" in r:
+            curves.setdefault(f"{r['by']}, {r['dtype']} d{r['d']}", {})[r["tokens"]] = r["ns_med"]
+    return curves
+
+
+def gpu_table(results: list[Line]) -> str:
+    device: Line = next((r["device"] for r in of(results, "device")), {})
+    curves = gpu_curves(results)
+    lengths = sorted({n for points in curves.values() for n in points})
+    best = {r["contract"]: r for r in of(results, "speed")}  # of the longest sequence
+    rows = [["ns per token and head", "variant", *map(label, lengths), "TFLOP/s", "% matrix"]]
+    for name, points in curves.items():
+        line = best.get(name, {})
+        rows.append([name, str(line.get("variant", "-")), *(form(points.get(n), ".3g") for n in lengths)])
+        rows[-1] += [form(line.get("tflops"), ".3g"), form(line.get("percent"), ".3g")]
+    decodes = [["decode", "variant", "heads", "cached", "ns/head", "GB/s", "% copy"]]
+    for r in of(results, "decode"):
+        decodes.append([r["contract"], r["variant"], str(r["heads"]), str(r["cached"] or "state")])
+        decodes[-1] += [form(r["ns_med"], ".3g"), form(r["gbs"], ".3g"), form(r["percent"], ".3g")]
+    parts = [f"{device.get('name', '')} ({device.get('arch', '')}), causal"]
+    parts += [f"{r['what']}: {form(r['value'], '.4g')}" for r in of(results, "ceiling")]
+    parts += [f"PyTorch {r['version']}" for r in of(results, "torch")]
+    parts += [part for table in (rows, decodes) if len(table) > 1 for part in ("", *columns(table))]
+    refused = [f"{r['by']}, {r['dtype']} d{r['d']} at {r['tokens']}: {r['reason']}" for r in results if "reason" in r]
+    notes = ["TFLOP/s: GEMM flops at the longest length; % of the bf16 products and of the copy measured above"]
+    return "\n".join([*parts, *notes, *refused]) + "\n"
+
+
+def draw_gpu(results: list[Line], path: Path) -> list[Path]:
+    """Time per token against length, where there is matplotlib."""
+    curves = {name: points for name, points in gpu_curves(results).items() if len(points) > 1}
+    try:
+        figure, axes = new_axes("attention on a GPU: time per token and head")
+    except ModuleNotFoundError:
+        return []
+    for name, points in curves.items():
+        peer = "," in name
+        axes.plot(*zip(*sorted(points.items())), "--" if peer else "-", marker="o", markersize=3.5, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("ns per token and head")
+    if curves:
+        axes.legend(frameon=False, fontsize=8)
+    save(figure, path)
+    return [path]
+
+
 # ---- pictures ------------------------------------------------------------------------------------------------------
 
 

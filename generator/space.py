@@ -33,7 +33,8 @@ class Target:
         return known and features and not (self.square and contract.v)
 
 
-MATRIX_KERNELS = (("bf16", "f16"), ("exact", "sparse"), True, True)  # what its matrix units have
+MATRIX_KERNELS = (("bf16", "f16"), ("favor", "exact", "sparse"), True, True)  # what its matrix units have
+SOFTMAX_KERNELS = (("bf16", "f16"), ("exact", "sparse"), True, True)
 GPU_KERNELS = (DTYPES, ("favor", "linear", "exact", "sparse"), True, True)  # what a GPU has kernels for
 # Best first: the order of a header's variants and of the choice at run time.
 TARGETS = {
@@ -59,8 +60,8 @@ TARGETS = {
     "hip": (
         Target("gfx90a", 64, 0, "AMD Instinct MI200", *MATRIX_KERNELS),
         Target("gfx942", 64, 0, "AMD Instinct MI300", *MATRIX_KERNELS),
-        Target("gfx11", 32, 0, "AMD RDNA3", *MATRIX_KERNELS),
-        Target("gfx12", 32, 0, "AMD RDNA4", *MATRIX_KERNELS),
+        Target("gfx11", 32, 0, "AMD RDNA3", *SOFTMAX_KERNELS),
+        Target("gfx12", 32, 0, "AMD RDNA4", *SOFTMAX_KERNELS),
         Target("simt", 1, 0, "any AMD GPU that HIP knows", *GPU_KERNELS),
     ),
 }
@@ -69,8 +70,9 @@ TARGETS = {
 @dataclass(frozen=True)
 class Variant:
     """target_c<tokens per chunk>_r<rows>x<vectors>: the register tile holds r rows of x vectors of accumulators.
-    On a GPU r threads share x columns of the values (softmax on matrix units: x times 16 keys are a tile), and
-    _s<tokens> is the segment of a sequence that a block takes."""
+    On a GPU r threads share x columns of the values, and _s<tokens> is the segment of a sequence that a block takes.
+    On its matrix units: of x tiles of features r are computed on the special function unit, the others by products;
+    softmax takes tiles of 16 x keys."""
 
     target: str
     c: int
@@ -124,6 +126,10 @@ GPU = {
         "16x2": (8, 4),
     }
 }
+# On matrix units a warp has 16 tokens of a chunk: the most warps, so the fewest registers for the state, first.
+MATRIX_FLOATS = {"sm80": 160, "gfx90a": 192, "gfx942": 192}
+MATRIX = {"1x1": (64, 48, 32, 16), "3x4": (64, 48, 32), "1x2": (64, 48, 32)}
+MATRIX_AMD = {**MATRIX, "3x4": (48, 32)}
 # Softmax on matrix units: a warp has 16 rows of a block.
 GPU_EXACT = {
     target: {"1x4": (64, 128, 32), "1x2": (64, 32)} for target in ("sm80", "gfx90a", "gfx942", "gfx11", "gfx12")
@@ -136,7 +142,9 @@ SPACE = {
         ("sparse", "cpu"): EXACT,
         ("hybrid", "cpu"): HYBRID,
     },
-    **{(operator, backend): GPU for operator in ("favor", "linear") for backend in ("cuda", "hip")},
+    ("favor", "cuda"): {"sm80": MATRIX} | GPU,
+    ("favor", "hip"): {"gfx90a": MATRIX_AMD, "gfx942": MATRIX_AMD} | GPU,
+    **{("linear", backend): GPU for backend in ("cuda", "hip")},
     **{(operator, backend): GPU_EXACT for operator in ("exact", "sparse") for backend in ("cuda", "hip")},
 }
 SEGMENT = 1024  # tokens of a segment, where an operator has a state
@@ -177,7 +185,7 @@ def misfit(contract: Contract, variant: Variant, target: Target) -> str | None:
     if target.registers:
         return None
     if target.lanes > 1:
-        return misfit_softmax(contract, variant)
+        return misfit_matrix(contract, variant, target) if contract.m else misfit_softmax(contract, variant)
     c, r, d, m = variant.c, variant.r, contract.d, -(-contract.features // (4 * variant.r)) * 4 * variant.r
     if (variant.s > 0) != (m > 0):
         return f"it must{'' if m else ' not'} end in _s<tokens>, the segments of operators with a state"
@@ -192,6 +200,24 @@ def misfit(contract: Contract, variant: Variant, target: Target) -> str | None:
     if floats > 128 or threads * (floats + 100) > 65536:
         return f"{threads} threads with {floats} floats of {what} each do not fit a GPU's registers"
     return None if shared <= 65536 else f"it takes {shared} bytes of shared memory, at most 65536 are everywhere"
+
+
+def misfit_matrix(contract: Contract, variant: Variant, target: Target) -> str | None:
+    """The same on matrix units: a warp holds 16 rows of w or a few times so many, their features and sums."""
+    c, d, m, rows = variant.c, contract.d, contract.m, contract.rows
+    if d % 16 or rows % c:
+        return f"d = {d} must be a multiple of 16, and the {rows} rows of w one of c = {c}"
+    if not variant.s:
+        return "it must end in _s<tokens>, the segments of operators with a state"
+    halves, threads, most = 1 if contract.dtype == "bf16" else 2, c // 16 * target.lanes, MATRIX_FLOATS[target.name]
+    if c > 64 or variant.x > m // c:
+        return f"c must be at most 64, and x at most the {m // c} tiles of a warp"
+    floats = m * d // threads + max(rows * 16, halves * m * 8) // target.lanes + d * 16 // target.lanes
+    if floats > most:
+        return f"a thread takes {floats} registers for the state, features and outputs, at most {most} fit"
+    shared = 2 * (d + 8) * (2 * c + rows + halves * (c + m)) + 2 * halves * m * (c + 9) + 4 * m + 12 * c + 420
+    most = 65536 if target.name.startswith("gfx") else 232448
+    return None if shared <= most else f"it takes {shared} bytes of shared memory, at most {most} are there"
 
 
 def misfit_softmax(contract: Contract, variant: Variant) -> str | None:

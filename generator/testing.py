@@ -1,4 +1,5 @@
-"""The test command: installs what the tests need and this machine lacks, runs meson, sums up."""
+"""The test command: on a CPU it installs what the tests need and this machine lacks, runs meson, sums up; on a GPU it
+compiles the same test files against the GPU's headers and runs them."""
 
 from __future__ import annotations
 
@@ -10,12 +11,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from . import UsageError
-from .render import ROOT
+from . import UsageError, build
+from .build import BuildError
+from .contract import BACKENDS, OPERATORS, Contract, parse
+from .render import ROOT, Recipe, check_backend, check_offered, render
+from .space import default, space
 
 BUILD = ROOT / "build" / "test"
 LOG = BUILD / "meson-logs" / "testlog.json"
@@ -36,9 +42,12 @@ def add_test(commands: Any) -> None:
         help="run all tests",
         description="Run all tests with meson. What is missing is installed where this user may; what cannot be is\n"
         "named together with the tests that are skipped for it.",
-        epilog="example: ./nearfar test\n         ./nearfar test generator     only the tests of this name",
+        epilog="examples: ./nearfar test\n"
+        "          ./nearfar test generator          only the tests of this name\n"
+        "          ./nearfar test --backend cuda     every kernel on the GPU: needs its compiler and jinja2, no more",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="tests to run (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="tests to run; on a GPU also contracts (default: all)")
+    parser.add_argument("--backend", default="cpu", help=f"where it runs: {', '.join(BACKENDS)} (default: cpu)")
     parser.set_defaults(run=test)
 
 
@@ -96,6 +105,9 @@ def provide(need: Need) -> None:
 
 def test(args: argparse.Namespace) -> int:
     """Exit code of meson: the number of failed tests, at most 1 here."""
+    check_backend(args.backend)
+    if args.backend != "cpu":
+        return test_device(args.names, args.backend)
     for need in NEEDS:
         provide(need)
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
@@ -128,3 +140,100 @@ def sum_up(log: Path) -> int:
             print(f"{result['name']}: {result['result'].lower()}")
     print(", ".join(f"{n} {state}" for state, n in counts.items()))
     return 1 if counts["failed"] else 0
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------------------------
+
+TOPICS = ("accuracy", "bits", "state")  # the files tests/test_<topic>.c that run on every backend
+SHAPES = ({"d": 64, "m": 128, "b": 64}, {"d": 48, "m": 96, "b": 48}, {"d": 8, "m": 8, "b": 16})
+LISTS = ("FAVORS", "CAUSAL_LINEARS", "FULL_LINEARS", "EXACTS", "SPARSES", "HYBRIDS")  # see meson.build
+SEGMENT = 32  # short segments beside the shipped ones: then short sequences have several
+INCLUDE = ("-I.", *(f"-I{ROOT / folder}" for folder in ("bench", "tests", "include", "include/nearfar", ".")))
+SECONDS = 240  # for one topic and contract
+
+
+def on_device(backend: str) -> list[Contract]:
+    """What is tested: every operator and map that the backend has, in some sizes."""
+    found = []
+    for name, operator in OPERATORS.items():
+        for map_, shape in product(operator.maps or ("",), SHAPES):
+            numbers = {n.letter: shape[n.letter] for n in operator.numbers if not n.optional}
+            contract = Contract(name, map_, "f32", **numbers)
+            if space(contract, backend):
+                found.append(contract)
+    return found
+
+
+def list_of(contract: Contract) -> str:
+    if contract.operator == "linear":
+        return "FULL_LINEARS" if contract.map == "softmaxqk" else "CAUSAL_LINEARS"
+    return f"{contract.operator.upper()}S"
+
+
+def device_recipe(contract: Contract, backend: str) -> Recipe:
+    """The shipped variants, and those with short segments."""
+    shipped = default(contract, backend)
+    return Recipe(contract, backend, (*shipped, *(replace(v, s=SEGMENT) for v in shipped if v.s)))
+
+
+def test_device(names: list[str], backend: str) -> int:
+    topics = [name for name in TOPICS if name in names] or list(TOPICS)
+    contracts = list(map(parse, (name for name in names if name not in TOPICS))) or on_device(backend)
+    for contract in contracts:
+        check_offered(contract, backend)
+    try:
+        folder = compile_tests(topics, contracts, backend)
+    except BuildError as error:
+        print(f"nearfar: {error}", file=sys.stderr)
+        return 1
+    runs = list(product(topics, contracts))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        failed = sum(pool.map(lambda job: run_device(folder, *job), runs))
+    print(f"{len(runs) - failed} passed, {failed} failed, 0 skipped")
+    return 1 if failed else 0
+
+
+def run_device(folder: Path, topic: str, contract: Contract) -> int:
+    """Run one topic of one contract; 1 and its output where it fails."""
+    command = [str(folder / f"test_{topic}"), f"::{contract.name}"]
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=SECONDS, check=False
+        )
+        told, code = done.stdout, done.returncode
+    except subprocess.TimeoutExpired:
+        told, code = f"no end after {SECONDS} s", 1
+    print(f"{topic} {contract.name}: {'ok' if code == 0 else 'failed'}", flush=True)
+    if code:
+        print("\n".join(told.splitlines()[-20:]), flush=True)
+    return int(code != 0)
+
+
+def compile_tests(topics: list[str], contracts: list[Contract], backend: str) -> Path:
+    """A folder with a program of every topic for all contracts; the kernels, which take longest, are compiled first."""
+    cc, ending = build.compiler(backend), build.TOOLKITS[backend].ending
+    folder = ROOT / "build" / f"test_{backend}"
+    files, commands, objects = {}, [], ["device.o"]
+    strict = ("-std=c99", "-D_POSIX_C_SOURCE=200112L", "-DDEVICE", "-DNF_ON_GPU", "-DNO_CRITERION", *INCLUDE)
+    for contract in contracts:
+        recipe = device_recipe(contract, backend)
+        files[recipe.file_name] = render(recipe)
+        files[f"{recipe.kernel}.{ending}"] = f'#define NEARFAR_IMPLEMENTATION\n#include "{recipe.file_name}"\n'
+        files[f"kernel_{contract.name}.c"] = '#include "kernel.c"\n'
+        flags = [f"-DCONTRACT={contract.name}", f"-DBACKEND={backend}", "-DNO_BACKWARD"]
+        flags += ["-DFEATURES"] if contract.m else []
+        flags += ["-DNO_STATE"] if contract.operator == "exact" else []
+        commands.append(build.object_command(cc, f"{recipe.kernel}.{ending}"))
+        commands.append(build.object_command(cc, f"kernel_{contract.name}.c", *strict, *flags))
+        objects += [f"{recipe.kernel}.o", f"kernel_{contract.name}.o"]
+    files[f"device.{ending}"] = '#include "bench/device.cu"\n'
+    commands.append(build.object_command(cc, f"device.{ending}", *INCLUDE))
+    lists = [f"-D{name}(X,y)=" + "".join(f" X({c.name}, y)" for c in contracts if list_of(c) == name) for name in LISTS]
+    for topic in topics:
+        files[f"test_{topic}.c"] = f'#include "tests/test_{topic}.c"\n'
+        commands.append(build.object_command(cc, f"test_{topic}.c", *strict, *lists))
+    build.fill(folder, files)
+    build.compile_all(folder, commands)
+    links = [[*cc.gpu, f"test_{topic}.o", *objects, "-o", f"test_{topic}", "-lm"] for topic in topics]
+    build.compile_all(folder, links)
+    return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 
 from . import UsageError, build, inputs, records, report
 from .build import BuildError
-from .contract import BACKENDS, Contract, parse, shown
+from .contract import BACKENDS, DTYPES, Contract, parse, shown
 from .render import ROOT, Recipe, check_backend, check_offered, render, write
 from .space import default, space
 
@@ -29,6 +30,20 @@ TUNED = ("favor_cosh_f32_d32_m128", "favor_cosh_f32_d64_m128", "exact_f32_d64")
 STANDING = report.GOAL_CONTRACTS
 INPUTS = (ROOT / "tests" / "data" / "minilm_first", ROOT / "tests" / "data" / "minilm_last")
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 16384)
+GPU_LENGTHS = tuple(1 << n for n in range(10, 18))
+GPU_HEADS = {"heads": 32, "decode-heads": 1024}
+GPU_STANDING = (
+    "favor_cosh_{}_d64_m128",
+    "favor_cosh_{}_d64_m256",
+    "favor_cosh_{}_d128_m128",
+    "favor_cosh_{}_d128_m256",
+    "linear_elu_{}_d64",
+    "exact_{}_d64",
+    "exact_{}_d128",
+    "sparse_{}_d64_b64",
+    "sparse_{}_d128_b64",
+    "hybrid_cosh_{}_d64_m128_b64",
+)
 
 
 # ---- command line --------------------------------------------------------------------------------------------------
@@ -89,10 +104,13 @@ def add_bench(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
         help="measure the default variants of some contracts",
-        description="Speed against the FMA peak, error, decode, two threads, compile time and size. Written to tuned/.",
-        epilog="example: ./nearfar bench exact_f32_d128 --tokens 512,4096",
+        description="On a CPU: speed against the FMA peak, error, decode, two threads, compile time and size.\n"
+        "On a GPU: speed and decode against what its memory and matrix units give, measured in the same run, and\n"
+        "against PyTorch's attention where a Python has it. Written to tuned/.",
+        epilog="examples: ./nearfar bench exact_f32_d128 --tokens 512,4096\n          ./nearfar bench --backend cuda",
     )
-    parser.add_argument("contracts", nargs="*", metavar="CONTRACT", help=f"default: {' '.join(STANDING)}")
+    gpu = "those of a GPU: all that it has of " + " ".join(GPU_STANDING).replace("{}", "<dtype>")
+    parser.add_argument("contracts", nargs="*", metavar="CONTRACT", help=f"default: {' '.join(STANDING)}; {gpu}")
     add_backend(parser)
     parser.add_argument(
         "--tuned",
@@ -100,7 +118,7 @@ def add_bench(commands: Any) -> None:
         metavar="RECORDS",
         help="measure the variants that these records choose (default: the shipped ones)",
     )
-    parser.add_argument("--tokens", metavar="N,...", help="lengths (default: 64 to 16384)")
+    parser.add_argument("--tokens", metavar="N,...", help="lengths (default: 64 to 16384; on a GPU 1024 to 131072)")
     parser.set_defaults(run=guarded(bench))
 
 
@@ -398,10 +416,13 @@ def pack(args: argparse.Namespace) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
-    contracts = chosen(args.contracts, STANDING, args.backend)
+    on_cpu = args.backend == "cpu"
+    contracts = chosen(args.contracts, STANDING if on_cpu else gpu_standing(), args.backend)
     found = records.read(map(Path, args.tuned)) if args.tuned else None
-    lengths = numbers("--tokens", args.tokens) if args.tokens else list(LENGTHS)
+    lengths = numbers("--tokens", args.tokens) if args.tokens else list(LENGTHS if on_cpu else GPU_LENGTHS)
     recipes = shipped(contracts, args.backend) if found is None else tuned_recipes(contracts, args.backend, found, {})
+    if not on_cpu:
+        return bench_gpu(recipes, lengths)
     recipes += baselines(recipes, args.backend)
     writable(OUTPUT)
     with Progress() as progress:
@@ -426,6 +447,46 @@ def bench(args: argparse.Namespace) -> int:
     print(report.standing(results))
     print(report.goals(results))
     return 0
+
+
+def gpu_standing() -> tuple[str, ...]:
+    """The names that are contracts, in every dtype."""
+    names = []
+    for name in (pattern.format(dtype) for dtype in DTYPES for pattern in GPU_STANDING):
+        with suppress(UsageError):
+            names.append(parse(name).name)
+    return tuple(names)
+
+
+def bench_gpu(recipes: list[Recipe], lengths: list[int]) -> int:
+    backend = recipes[0].backend
+    build.compiler(backend)
+    writable(OUTPUT)
+    tokens = ["--tokens", ",".join(map(str, lengths))]
+    with Progress() as progress:
+        progress.step(f"compiling {len(recipes)} contracts")
+        program = prepare("bench_gpu", recipes)
+        progress.step("measuring ceilings, speed and decode")
+        heads = [word for name, count in GPU_HEADS.items() for word in (f"--{name}", str(count))]
+        results = measure(program, [*tokens, *heads], progress)
+        python = torch_python()
+        progress.step("measuring PyTorch's attention" if python else "no Python here has torch to compare with")
+        if python:
+            results += measure(python, [str(ROOT / "bench" / "torch_gpu.py"), *tokens, *heads[:2]], progress)
+    text, path = report.gpu_table(results), OUTPUT / f"bench_{backend}.jsonl"
+    write({path: "".join(json.dumps(r) + "\n" for r in results), OUTPUT / f"table_{backend}.txt": text})
+    print(text)
+    names(path, OUTPUT / f"table_{backend}.txt", *report.draw_gpu(results, OUTPUT / f"time_{backend}.png"))
+    return 0
+
+
+def torch_python() -> Path | None:
+    """A Python that has torch: this one, or the system's."""
+    for python in (sys.executable, shutil.which("python3")):
+        command = [python or "false", "-c", "import torch"]
+        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+            return Path(command[0])
+    return None
 
 
 def near_4k(tokens: int) -> int:

@@ -6,8 +6,12 @@
 #include "kernels.h"
 #include "oracle.h"
 
-#ifdef SIMT /* the executor must know what kernels may touch */
+#if defined(SIMT) /* the executor must know what kernels may touch */
 #include "simt/simt.h"
+#elif defined(DEVICE) /* and a GPU needs a copy of it */
+#include "device.h"
+#define simt_memory(at, bytes) device_mirror(at, bytes)
+#define simt_forget(at) device_forget(at)
 #else
 #define simt_memory(at, bytes) ((void)0)
 #define simt_forget(at) ((void)0)

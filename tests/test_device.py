@@ -15,9 +15,9 @@ from test_tuner import PLAIN, Tuner, nearfar, states
 
 sys.path.insert(0, str(ROOT))
 
-from generator import build, tuning
+from generator import build, testing, tuning
 from generator.__main__ import main
-from generator.contract import parse
+from generator.contract import contracts, parse
 from generator.space import default, space
 
 NVCC = ROOT / "tests" / "simt" / "nvcc"
@@ -43,7 +43,7 @@ def executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # ---- without a GPU -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["tune"])
+@pytest.mark.parametrize("command", ["tune", "test", "bench"])
 @pytest.mark.parametrize("backend", ["cuda", "hip"])
 def test_what_is_missing_is_one_line(
     command: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -130,6 +130,63 @@ def test_a_pack_for_a_gpu_tunes_without_python(tmp_path: Path) -> None:
     assert f"--variants {last['n']}@" in header and last["n"] != default(parse(SMALL), "cuda")[0].suffix
     other = nearfar("generate", SMALL, "--tuned", str(folder / "r.jsonl"), "-o", str(tmp_path))
     assert "no record of" in other.stderr
+
+
+# ---- tests and bench -----------------------------------------------------------------------------------------------
+
+
+def test_the_tests_run_on_a_device(
+    executor: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A kernel that scales its logits wrongly is found out."""
+    monkeypatch.setattr(testing, "ROOT", executor)
+    words = ["test", "--backend", "cuda", "state", SMALL]
+    assert main(words) == 0
+    assert capsys.readouterr().out.splitlines() == [f"state {SMALL}: ok", "1 passed, 0 failed, 0 skipped"]
+    right = testing.render
+    assert right(testing.device_recipe(parse(SMALL), "cuda")).count("0.353553391f") == 1
+    monkeypatch.setattr(testing, "render", lambda recipe: right(recipe).replace("0.353553391f", "0.36f"))
+    assert main(words) == 1
+    told = capsys.readouterr().out
+    assert f"state {SMALL}: failed" in told and "error" in told and "0 passed, 1 failed" in told
+
+
+def test_what_is_tested_on_a_device_follows_the_schema() -> None:
+    for backend in build.TOOLKITS:
+        found = testing.on_device(backend)
+        everything = {(c.operator, c.map) for c in contracts() if c.dtype == "f32" and space(c, backend)}
+        assert {(c.operator, c.map) for c in found} == everything
+        assert all(testing.list_of(c) in testing.LISTS for c in found)
+
+
+def test_bench_for_a_gpu(executor: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(tuning, "torch_python", lambda: Path(fake_torch(executor)))
+    monkeypatch.setattr(tuning, "GPU_HEADS", {"heads": 1, "decode-heads": 1})
+    assert main(["bench", "favor_exp_f32_d8_m8", SMALL, "--backend", "cuda", "--tokens", "64,128"]) == 0
+    lines = [json.loads(line) for line in (executor / "bench_cuda.jsonl").read_text().splitlines()]
+    kinds = [line["bench"] for line in lines]
+    assert kinds == ["device", "ceiling", "ceiling", *(["speed", "speed", "decode"] * 2), "torch", "peer", "peer"]
+    for line in lines:
+        if line["bench"] in ("speed", "decode"):
+            assert 0 < line["ns_min"] <= line["ns_med"] and 0 < line["percent"] < 100
+        if line["bench"] == "ceiling":
+            assert line["value"] > 0
+    told = capsys.readouterr().out
+    assert "the executor, not a GPU" in told and "SDPA flash, bf16 d64" in told and "no module named fla" in told
+
+
+def fake_torch(folder: Path) -> str:
+    """What bench/torch_gpu.py says, without torch."""
+    peer = {"bench": "peer", "operator": "exact", "dtype": "bf16", "d": 64, "tokens": 64}
+    lines = [
+        {"bench": "torch", "version": "0", "gpu": True},
+        {**peer, "by": "SDPA flash", "ns_med": 1.0},
+    ]
+    lines.append({**peer, "by": "fla", "reason": "ModuleNotFoundError: no module named fla"})
+    path = folder / "fake_torch"
+    path.write_text("#!/bin/sh\n" + "".join(f"echo '{json.dumps(line)}'\n" for line in lines))
+    path.chmod(0o755)
+    return str(path)
 
 
 def test_tune_for_a_gpu(executor: Path, capsys: pytest.CaptureFixture[str]) -> None:

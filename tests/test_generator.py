@@ -172,8 +172,9 @@ def test_space_and_defaults() -> None:
 
 def test_variants_of_a_gpu() -> None:
     for contract in (*contracts("favor"), *contracts("linear")):
-        for variant in space.space(contract, "cuda"):
-            assert parse_variant(variant.suffix, "hip", contract) == variant
+        for backend in ("cuda", "hip"):
+            for variant in space.space(contract, backend):
+                assert parse_variant(variant.suffix, backend, contract) == variant
     for name, there in (
         ("favor_cosh_f32_d128_m256", 1),
         ("favor_cosh_f32_d256_m1024", 0),

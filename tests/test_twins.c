@@ -1,7 +1,7 @@
 /* Kernels of 16-bit tensors and of value dims of their own, each against its twin: the kernel of floats and of values
  * as wide as heads, which every other test knows. On the same inputs, and the values in slices, a variant gives the
- * twin's bits, rounded. The target amx rounds features and weights, too: there the error is held against that of
- * rounding the inputs. */
+ * twin's bits, rounded. Matrix units round features and weights, too: there the error is held against that of rounding
+ * the inputs. */
 #include "check.h"
 #include "call.h"
 
@@ -264,14 +264,20 @@ static void run_twin(stage *g, const way *w, int decode, int exact)
     release(q), release(k), release(v), release(out);
 }
 
-/* The twin's variant of the same suffix, or of avx512 for amx. */
+/* Does the variant run on matrix units? */
+static int is_matrix(const way *w)
+{
+    return strstr(w->name, "_amx_") || strstr(w->name, "_sm80_") || strstr(w->name, "_gfx");
+}
+
+/* The twin's variant of the same suffix, or for matrix units the one without. */
 static way twin_way(const pair *p, const way *w)
 {
     const char *suffix = w->name + strlen("nf_") + strlen(p->k.name);
     EACH_WAY(&p->twin, t)
     {
         const char *other = t.name + strlen("nf_") + strlen(p->twin.name);
-        if (strcmp(suffix, other) == 0 || (strstr(suffix, "_amx_") && strstr(other, "_avx512_")))
+        if (strcmp(suffix, other) == 0 || (is_matrix(w) && (strstr(other, "_avx512_") || strstr(other, "_simt_"))))
             return t;
     }
     CHECK(0, "%s has no twin", w->name);
@@ -305,13 +311,8 @@ static int64_t different(const stage *g)
     return count;
 }
 
-static int is_amx(const way *w)
-{
-    return strstr(w->name, "_amx_") != NULL;
-}
-
-/* The error of amx, root mean square, may be so many times that of rounding the inputs: features, weights and the
- * output are rounded too. */
+/* The error on matrix units, root mean square, may be so many times that of rounding the inputs: features, weights and
+ * the output are rounded too. */
 enum { ROUNDINGS = 2 };
 
 static void compare(const pair *p, scene s, int decode)
@@ -325,7 +326,7 @@ static void compare(const pair *p, scene s, int decode)
         const way t = twin_way(p, &w);
         run_kernel(&g, &w, decode);
         run_twin(&g, &t, decode, 0);
-        if (!is_amx(&w)) {
+        if (!is_matrix(&w)) {
             CHECK(different(&g) == 0, "%s: %d differ", w.name, (int)different(&g));
         } else {
             run_twin(&g, &t, decode, 1);
@@ -494,7 +495,7 @@ TEST_TWINS(gradients)
                         fmax(worst, fabs((double)read_element(p, dv, i / dim * values + d0 + i % dim) - (double)tv[i]));
             }
             CHECK(worst <= (p->element == 4 ? 2e-5
-                            : is_amx(&w)    ? 2e-2
+                            : is_matrix(&w) ? 2e-2
                                             : 1e-2) *
                                largest,
                   "%s: dv %.1e of %.1e", w.name, worst, largest);

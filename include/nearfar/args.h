@@ -328,10 +328,9 @@ static nf_status nf_check_shape(const nf_contract *c, const nf_args *args, nf_pl
     nf_args *a = &p->args;
     if (!args)
         return NF_E_NULL;
+    memset(p, 0, sizeof *p);
     *a = *args;
     p->contract = c;
-    p->grads = NULL;
-    p->window = p->globals = p->ring = 0;
     p->state_unit = sizeof(nf_state_unit) + (size_t)(c->features * (c->values + 2)) * sizeof(float);
     if (a->batch < 1 || a->heads < 1 || a->kv_heads < 0 || a->q_tokens < 0 || a->kv_tokens < 0 || a->sequences < 0)
         return NF_E_SIZE;

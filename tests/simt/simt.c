@@ -18,7 +18,10 @@
 #ifndef BACKWARDS
 #define BACKWARDS 0
 #endif
-simt_setting simt = {.warp = WARP, .backwards = BACKWARDS, .shared_limit = 64 * 1024};
+#ifndef SHARED
+#define SHARED (64 * 1024)
+#endif
+simt_setting simt = {.warp = WARP, .backwards = BACKWARDS, .shared_limit = SHARED};
 
 enum { MOST_THREADS = 1024, MOST_WARPS = 32, STACK = 64 * 1024, MOST_REGIONS = 256, MOST_COPIES = 256, GRANULE = 2 };
 enum { SHARED_SPACE = 256 * 1024 };
@@ -194,7 +197,7 @@ static void note_load(shadow *s, int me, int sync, int shared)
     if (s->read != run.now || before == me)
         s->reader = (uint16_t)me;
     else if (before < LANES ? before / simt.warp == warp : before == LANES + warp)
-        s->reader = (uint16_t)(LANES + warp);
+        s->reader = (uint16_t)(s->read_sync == sync ? LANES + warp : me); /* a warp barrier orders the earlier ones */
     else
         s->reader = SEVERAL;
     s->read = run.now;

@@ -88,6 +88,8 @@ typedef struct nf_float4 {
 #define nf_store4(p, x) simt_store4(p, x, __LINE__)
 #define nf_lane_xor(x, other) simt_lane_xor(x, other, __LINE__)
 #define nf_lane_xor_double(x, other) simt_lane_xor_double(x, other, __LINE__)
+#define nf_lane_at(x, lane) simt_lane_at(x, lane, __LINE__)
+#define nf_any(x) simt_any(x, __LINE__)
 #define nf_smallest(p, x) simt_smallest(p, x, __LINE__)
 #define nf_copy_async(to, from, given) simt_copy(to, from, given, __LINE__)
 #define nf_copy_commit() simt_copy_commit()
@@ -119,6 +121,24 @@ SIMT_FN double simt_lane_xor_double(double x, int other, int line)
     const unsigned char *all = simt_exchange(&x, sizeof x, line);
     memcpy(&x, all + (simt.thread % simt.warp ^ other) * SIMT_SLOT, sizeof x);
     return x;
+}
+
+SIMT_FN float simt_lane_at(float x, int lane, int line)
+{
+    const unsigned char *all = simt_exchange(&x, sizeof x, line);
+    memcpy(&x, all + lane * SIMT_SLOT, sizeof x);
+    return x;
+}
+
+SIMT_FN int simt_any(int x, int line)
+{
+    const unsigned char *all = simt_exchange(&x, sizeof x, line);
+    int any = 0;
+    for (int lane = 0; lane < simt.warp; lane++) {
+        memcpy(&x, all + lane * SIMT_SLOT, sizeof x);
+        any |= x != 0;
+    }
+    return any;
 }
 
 /* ---- matrix units: every lane brings its words, and takes its sums from everybody's -------------------------------
@@ -217,7 +237,7 @@ SIMT_FN uint16_t nf_f16_round(float x)
     if (isnan(x) || fabsf(x) >= 65536)
         return (uint16_t)(sign | (isnan(x) ? 0x7e00 : 0x7c00));
     (void)frexpf(x, &exponent);
-    exponent = exponent < -13 ? -13 : exponent;
+    exponent = exponent < -13 || x == 0 ? -13 : exponent;
     return (uint16_t)(sign | (((exponent + 13) << 10) + (int)nearbyintf(ldexpf(fabsf(x), 11 - exponent))));
 }
 
@@ -233,9 +253,24 @@ SIMT_FN float nf_exp2(float x)
     return exp2f(x);
 }
 
+SIMT_FN float nf_exp2_unit(float x)
+{
+    return x < -126 ? 0 : exp2f(x);
+}
+
 SIMT_FN float nf_floor(float x)
 {
     return floorf(x);
+}
+
+SIMT_FN float nf_nearest(float x)
+{
+    return rintf(x);
+}
+
+SIMT_FN float nf_scale_by(float p, float n)
+{
+    return ldexpf(p, (int)n);
 }
 
 SIMT_FN float nf_fma(float a, float b, float c)
