@@ -155,6 +155,23 @@ def test_an_engine_in_c_links_a_cuda_header(folder: Path) -> None:
     run(folder / "engine")
 
 
+@pytest.mark.parametrize("name", ["engine", "graph"])
+def test_examples_link(name: str, folder: Path) -> None:
+    """As their comments say, but for the arch of a GPU that is not here."""
+    source = ROOT / "examples" / "cuda" / f"{name}.c"
+    line = f"nvcc -O2 -arch=native {name}.c attention.cu -o {name}"
+    assert f" *         {line}\n" in source.read_text(encoding="utf-8")
+    run("gcc", "-std=c11", *STRICT_C, "-I", folder, "-isystem", cuda_include(), "-fsyntax-only", source)
+    attention = source.with_name("attention.cu")
+    run(nvcc(), "-O2", "-arch", "sm_80", "-I", folder, source, attention, "-o", folder / name)
+
+
+def cuda_include() -> Path:
+    """Where nvcc has its headers."""
+    log = run(nvcc(), "--dryrun", "-c", "none.cu")
+    return Path(re.findall(r'INCLUDES="-I(.+?)"', log)[0])
+
+
 AMD_FLAGS = "-x hip --cuda-device-only -nogpulib -nogpuinc -O3 -S -Wall -Wextra -Werror".split()
 
 
