@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 from . import UsageError
-from .contract import DTYPES, Contract, shown
+from .contract import DTYPES, OPERATORS, Contract, shown
 
 MAX_TUNING = 32  # variants in a tuning header
 MAX_SHIPPED = 5  # variants in a shipped header
@@ -34,7 +34,7 @@ class Target:
 
 
 MATRIX_KERNELS = (("bf16", "f16"), ("favor",), True, True)  # what its matrix units have
-GPU_KERNELS = (DTYPES, ("favor", "linear", "exact", "sparse"), True, True)  # what a GPU has kernels for
+GPU_KERNELS = (DTYPES, ("favor", "linear", "exact", "sparse", "hybrid"), True, True)  # what a GPU has kernels for
 # Best first: the order of a header's variants and of the choice at run time.
 TARGETS = {
     "cpu": (
@@ -136,7 +136,7 @@ SPACE = {
     },
     ("favor", "cuda"): {"sm80": MATRIX} | GPU,
     ("favor", "hip"): {"gfx90a": MATRIX, "gfx942": MATRIX} | GPU,
-    **{("linear", backend): GPU for backend in ("cuda", "hip")},
+    **{(operator, backend): GPU for operator in ("linear", "hybrid") for backend in ("cuda", "hip")},
     **{(operator, backend): GPU_EXACT for operator in ("exact", "sparse") for backend in ("cuda", "hip")},
 }
 SEGMENT = 1024  # tokens of a segment, where an operator has a state
@@ -182,11 +182,11 @@ def misfit(contract: Contract, variant: Variant, target: Target) -> str | None:
     if (variant.s > 0) != (m > 0):
         return f"it must{'' if m else ' not'} end in _s<tokens>, the segments of operators with a state"
     threads = d // variant.x * r
-    floats, what = (variant.x * m // r, "the state") if m else (variant.x * c, "the outputs")
-    if m:
-        shared = 4 * (2 * c * (m + 4) + d * (c + 4) + c * d + c * (c + 1) + 3 * m + 6 * c) + 420
-    else:
-        shared = 4 * (d * (3 * c + 5) + c * (c + 14)) + 600
+    far, near = m > 0, contract.operator in ("exact", "sparse", "hybrid")
+    floats = variant.x * (far * m // r + near * c)
+    what = " and ".join(far * ["the state"] + near * ["the outputs"])
+    shared = far * (4 * (2 * c * (m + 4) + d * (c + 4) + c * d + c * (c + 1) + 3 * m + 6 * c) + 420)
+    shared += near * (4 * (d * (3 * c + 5) + c * (c + 14)) + 600)
     if d % variant.x or threads % 32 or threads > 512:
         return f"d / x * r = {threads} threads of a block must be a multiple of 32 up to 512"
     if floats > 128 or threads * (floats + 100) > 65536:
@@ -216,7 +216,9 @@ def targets(backend: str) -> dict[str, Target]:
 
 def space(contract: Contract, backend: str = "cpu") -> list[Variant]:
     """The candidates that the tuner tries, in canonical order; the first of each target is its default."""
-    found = []
+    found: list[Variant] = []
+    if backend == "cpu" and contract.dtype not in OPERATORS[contract.operator].cpu:
+        return found
     for target in filter(lambda t: t.runs(contract), TARGETS[backend]):
         for tile, chunks in SPACE.get((contract.operator, backend), {}).get(target.name, {}).items():
             r, x = map(int, tile.split("x"))

@@ -132,6 +132,16 @@ def test_a_pack_for_a_gpu_tunes_without_python(tmp_path: Path) -> None:
     assert "no record of" in other.stderr
 
 
+def test_an_engine_in_c_attends(tmp_path: Path) -> None:
+    """examples/cuda/engine.c, on the executor."""
+    contract = "favor_cosh_f32_d64_m128"
+    assert nearfar("generate", contract, "--backend", "cuda", "-o", str(tmp_path)).returncode == 0
+    files = [str(ROOT / "examples" / "cuda" / name) for name in ("engine.c", "attention.cu")]
+    include = [f"-I{tmp_path}", f"-I{ROOT / 'tests' / 'simt' / 'cuda'}"]
+    run(NVCC, "-O1", "-arch=native", *include, *files, "-o", "engine", cwd=tmp_path)
+    assert run("./engine", cwd=tmp_path) == "ok; the mean of equal values is 3.0000\n"
+
+
 # ---- tests and bench -----------------------------------------------------------------------------------------------
 
 
