@@ -128,8 +128,7 @@ GPU = {
 }
 # On matrix units a warp has 16 tokens of a chunk: the most warps, so the fewest registers for the state, first.
 MATRIX_FLOATS = {"sm80": 160, "gfx90a": 192, "gfx942": 192}
-MATRIX = {"1x1": (64, 48, 32, 16), "3x4": (64, 48, 32), "1x2": (64, 48, 32)}
-MATRIX_AMD = {**MATRIX, "3x4": (48, 32)}
+MATRIX = {"1x1": (64, 48, 32, 16), "3x4": (32, 16), "1x2": (64, 48, 32, 16)}
 # Softmax on matrix units: a warp has 16 rows of a block.
 GPU_EXACT = {
     target: {"1x4": (64, 128, 32), "1x2": (64, 32)} for target in ("sm80", "gfx90a", "gfx942", "gfx11", "gfx12")
@@ -143,7 +142,7 @@ SPACE = {
         ("hybrid", "cpu"): HYBRID,
     },
     ("favor", "cuda"): {"sm80": MATRIX} | GPU,
-    ("favor", "hip"): {"gfx90a": MATRIX_AMD, "gfx942": MATRIX_AMD} | GPU,
+    ("favor", "hip"): {"gfx90a": MATRIX, "gfx942": MATRIX} | GPU,
     **{(operator, backend): GPU for operator in ("linear", "hybrid") for backend in ("cuda", "hip")},
     **{(operator, backend): GPU_EXACT for operator in ("exact", "sparse") for backend in ("cuda", "hip")},
 }
@@ -205,8 +204,8 @@ def misfit(contract: Contract, variant: Variant, target: Target) -> str | None:
 def misfit_matrix(contract: Contract, variant: Variant, target: Target) -> str | None:
     """The same on matrix units: a warp holds 16 rows of w or a few times so many, their features and sums."""
     c, d, m, rows = variant.c, contract.d, contract.m, contract.rows
-    if d % 16 or rows % c or c > 64:
-        return f"d = {d} must be a multiple of 16, and the {rows} rows of w of c = {c}, at most 64"
+    if d % 16 or rows % c or c > 64 or m > 128:
+        return f"d = {d} must be a multiple of 16, the {rows} rows of w of c = {c}, at most 64, m = {m} at most 128"
     if not variant.s:
         return "it must end in _s<tokens>, the segments of operators with a state"
     halves, threads, most = 1 if contract.dtype == "bf16" else 2, c // 16 * target.lanes, MATRIX_FLOATS[target.name]

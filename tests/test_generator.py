@@ -214,7 +214,8 @@ def test_variants_of_a_gpu() -> None:
         ("favor_cosh_bf16_d64_m128", "sm80_c48_r1x1_s64", "the 64 rows of w of c = 48"),
         ("favor_cosh_bf16_d40_m128", "sm80_c64_r1x1_s64", "d = 40 must be a multiple of 16"),
         ("favor_cosh_bf16_d64_m128", "sm80_c64_r3x4_s64", "x must be at most the 2 tiles"),
-        ("favor_cosh_bf16_d128_m256", "sm80_c64_r1x1_s64", "registers for the state, features and outputs"),
+        ("favor_cosh_bf16_d64_m256", "sm80_c64_r1x1_s64", "m = 256 at most 128"),
+        ("favor_cosh_bf16_d128_m128", "sm80_c64_r1x1_s64", "takes 224 registers for the state, features and outputs"),
     ],
 )
 def test_wrong_variants_of_a_gpu(
