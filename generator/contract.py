@@ -12,6 +12,8 @@ from typing import Any
 from . import UsageError
 
 BACKENDS = ("cpu", "cuda", "hip")
+DTYPES = ("f32", "bf16", "f16")
+F32 = DTYPES[:1]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Operator:
     maps: tuple[str, ...]
     dtypes: tuple[str, ...]
     numbers: tuple[Number, ...]
+    cpu: tuple[str, ...] = DTYPES  # the dtypes that a CPU has kernels of; a GPU has all of them
 
     def pattern(self, name: str) -> str:
         """How the operator's contracts are written: favor_<cosh|exp>_f32_d<D>_m<M>."""
@@ -50,13 +53,12 @@ V = Number("v", "value dim, if not the head dim", WIDE.rule, WIDE.values, option
 M = Number(
     "m",
     "features (cosh: both signs; trig: sine and cosine)",
-    "8, or a multiple of 16 up to 2048",
-    (8, *range(16, 2049, 16)),
+    "8, or a multiple of 16 up to 1024",
+    (8, *range(16, 1025, 16)),
 )
 
 B = Number("b", "block of tokens", "a multiple of 16 from 16 to 512", tuple(range(16, 513, 16)))
 
-DTYPES = ("f32", "bf16", "f16")
 FAVOR_MAPS = ("cosh", "exp", "trig", "relu")
 LINEAR_MAPS = ("elu", "relu", "identity", "taylor2", "softmaxqk")
 TAYLOR_LIMIT = 32  # taylor2 makes about d*d/2 features
@@ -65,9 +67,9 @@ TAYLOR_LIMIT = 32  # taylor2 makes about d*d/2 features
 OPERATORS = {
     "favor": Operator("softmax attention estimated by random features", FAVOR_MAPS, DTYPES, (D, V, M)),
     "linear": Operator("linear attention: a map without randomness, or ready features", LINEAR_MAPS, DTYPES, (WIDE, V)),
-    "exact": Operator("softmax attention, the exact baseline", (), ("f32",), (WIDE,)),
-    "sparse": Operator("softmax attention over a pattern: window, globals, blocks", (), ("f32",), (WIDE, B)),
-    "hybrid": Operator("exact near by, random features far away, one sum", ("cosh", "exp"), ("f32",), (D, M, B)),
+    "exact": Operator("softmax attention, the exact baseline", (), DTYPES, (WIDE,), F32),
+    "sparse": Operator("softmax attention over a pattern: window, globals, blocks", (), DTYPES, (WIDE, B), F32),
+    "hybrid": Operator("exact near by, random features far away, one sum", ("cosh", "exp"), F32, (D, M, B)),
 }
 
 
@@ -189,11 +191,11 @@ def choice(where: str, field: str, value: str, choices: Iterable[str]) -> str:
     raise UsageError(f"{where}: field '{field}' = {shown(value)}: must be {' or '.join(choices)}{hint}")
 
 
-def contracts(operator: str | None = None) -> Iterator[Contract]:
-    """Every contract within the limits, in the order of the schema."""
+def contracts(operator: str | None = None, backend: str | None = None) -> Iterator[Contract]:
+    """Every contract within the limits (of a backend: those with dtypes that it has), in the order of the schema."""
     for name, op in OPERATORS.items():
         if operator in (None, name):
-            for map_, dtype in product(op.maps or ("",), op.dtypes):
+            for map_, dtype in product(op.maps or ("",), op.cpu if backend == "cpu" else op.dtypes):
                 for values in product(*((0,) if n.optional else n.values for n in op.numbers)):
                     contract = Contract(name, map_, dtype, **{n.letter: v for n, v in zip(op.numbers, values)})
                     if allowed(map_, contract.d):

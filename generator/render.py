@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from . import UsageError, __version__
-from .contract import BACKENDS, Contract, parse, shown
+from .contract import BACKENDS, OPERATORS, Contract, parse, shown
 from .space import MAX_SHIPPED, SPACE, Variant, canonical, default, parse_variant, space, targets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,7 +93,11 @@ def check_backend(backend: str) -> None:
 
 
 def check_offered(contract: Contract, backend: str) -> None:
-    """A GPU has not all operators yet, nor room for the largest states."""
+    """A CPU has not all dtypes of all operators; a GPU not all operators yet, nor room for the largest states."""
+    dtypes = OPERATORS[contract.operator].cpu
+    if backend == "cpu" and contract.dtype not in dtypes:
+        rule = f"must be {' or '.join(dtypes)} on a CPU; cuda and hip have it"
+        raise UsageError(f"contract {shown(contract.name)}: field 'dtype' = {shown(contract.dtype)}: {rule}")
     if not space(contract, backend):
         operators = ", ".join(operator for operator, where in SPACE if where == backend)
         rule = f"{backend} has {operators} (states of up to about 32768 numbers, no value dim of its own)"

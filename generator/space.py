@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 from . import UsageError
-from .contract import DTYPES, Contract, shown
+from .contract import DTYPES, OPERATORS, Contract, shown
 
 MAX_TUNING = 32  # variants in a tuning header
 MAX_SHIPPED = 5  # variants in a shipped header
@@ -14,7 +14,8 @@ MAX_SHIPPED = 5  # variants in a shipped header
 
 @dataclass(frozen=True)
 class Target:
-    """An instruction set. lanes: floats in a vector; registers: vectors it holds (a GPU: 0, see misfit)."""
+    """An instruction set. lanes: floats in a vector (a GPU with matrix units: threads that share them, otherwise 1);
+    registers: vectors it holds (a GPU: 0, see misfit)."""
 
     name: str
     lanes: int
@@ -32,7 +33,8 @@ class Target:
         return known and features and not (self.square and contract.v)
 
 
-GPU_KERNELS = (DTYPES, ("favor", "linear", "exact", "sparse"), True, True)  # what a GPU has kernels for
+MATRIX_KERNELS = (("bf16", "f16"), ("favor",), True, True)  # what its matrix units have
+GPU_KERNELS = (DTYPES, ("favor", "linear", "exact", "sparse", "hybrid"), True, True)  # what a GPU has kernels for
 # Best first: the order of a header's variants and of the choice at run time.
 TARGETS = {
     "cpu": (
@@ -50,15 +52,23 @@ TARGETS = {
         Target("neon", 4, 32, "64-bit Arm"),
         Target("c", 4, 16, "any processor"),
     ),
-    "cuda": (Target("simt", 1, 0, "any NVIDIA GPU from compute capability 7.5 on", *GPU_KERNELS),),
-    "hip": (Target("simt", 1, 0, "any AMD GPU that HIP knows", *GPU_KERNELS),),
+    "cuda": (
+        Target("sm80", 32, 0, "NVIDIA GPUs from compute capability 8.0 on", *MATRIX_KERNELS),
+        Target("simt", 1, 0, "any NVIDIA GPU from compute capability 7.5 on", *GPU_KERNELS),
+    ),
+    "hip": (
+        Target("gfx90a", 64, 0, "AMD Instinct MI200", *MATRIX_KERNELS),
+        Target("gfx942", 64, 0, "AMD Instinct MI300", *MATRIX_KERNELS),
+        Target("simt", 1, 0, "any AMD GPU that HIP knows", *GPU_KERNELS),
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Variant:
     """target_c<tokens per chunk>_r<rows>x<vectors>: the register tile holds r rows of x vectors of accumulators.
-    On a GPU r threads share x columns of the values, and _s<tokens> is the segment of a sequence that a block takes."""
+    On a GPU r threads share x columns of the values (matrix units: of x tiles of features r are computed on the special
+    function unit, the others by products), and _s<tokens> is the segment of a sequence that a block takes."""
 
     target: str
     c: int
@@ -112,6 +122,10 @@ GPU = {
         "16x2": (8, 4),
     }
 }
+# On matrix units a warp has 16 tokens of a chunk: the most warps, so the fewest registers for the state, first.
+MATRIX_FLOATS = {"sm80": 160, "gfx90a": 192, "gfx942": 192}
+MATRIX = {"1x1": (64, 48, 32, 16), "3x4": (64, 48, 32), "1x2": (64, 48, 32)}
+MATRIX_AMD = {**MATRIX, "3x4": (48, 32)}
 GPU_EXACT = {"simt": {"4x1": (32, 16), "4x2": (32, 16), "4x4": (16,), "8x1": (32, 16)}}
 SPACE = {
     **{
@@ -121,7 +135,9 @@ SPACE = {
         ("sparse", "cpu"): EXACT,
         ("hybrid", "cpu"): HYBRID,
     },
-    **{(operator, backend): GPU for operator in ("favor", "linear") for backend in ("cuda", "hip")},
+    ("favor", "cuda"): {"sm80": MATRIX} | GPU,
+    ("favor", "hip"): {"gfx90a": MATRIX_AMD, "gfx942": MATRIX_AMD} | GPU,
+    **{(operator, backend): GPU for operator in ("linear", "hybrid") for backend in ("cuda", "hip")},
     **{(operator, backend): GPU_EXACT for operator in ("exact", "sparse") for backend in ("cuda", "hip")},
 }
 SEGMENT = 1024  # tokens of a segment, where an operator has a state
@@ -130,6 +146,10 @@ SEGMENT = 1024  # tokens of a segment, where an operator has a state
 def fault(variant: Variant, target: Target) -> str | None:
     """The rule that a variant breaks, or None."""
     c, r, x = variant.c, variant.r, variant.x
+    if target.lanes > 1 and not target.registers:
+        if c % 16 or not 16 <= c <= 64 or x not in (1, 2, 4) or r > x:
+            return "c must be a multiple of 16 from 16 to 64, x 1, 2 or 4, r at most x"
+        return None if variant.s >= 16 else "it must end in _s<tokens>, segments of 16 to 9999"
     if not target.registers:
         if c % 4 or not 4 <= c <= 128 or r not in (1, 2, 4, 8, 16, 32) or x not in (1, 2, 4):
             return "c must be a multiple of 4 from 4 to 128, r 1, 2, 4 and so on to 32, x 1, 2 or 4"
@@ -157,20 +177,38 @@ def misfit(contract: Contract, variant: Variant, target: Target) -> str | None:
     """The rule that a variant breaks with this contract, or None."""
     if target.registers:
         return None
+    if target.lanes > 1:
+        return misfit_matrix(contract, variant, target)
     c, r, d, m = variant.c, variant.r, contract.d, -(-contract.features // (4 * variant.r)) * 4 * variant.r
     if (variant.s > 0) != (m > 0):
         return f"it must{'' if m else ' not'} end in _s<tokens>, the segments of operators with a state"
     threads = d // variant.x * r
-    floats, what = (variant.x * m // r, "the state") if m else (variant.x * c, "the outputs")
-    if m:
-        shared = 4 * (2 * c * (m + 4) + d * (c + 4) + c * d + c * (c + 1) + 3 * m + 6 * c) + 420
-    else:
-        shared = 4 * (d * (3 * c + 5) + c * (c + 14)) + 600
+    far, near = m > 0, contract.operator in ("exact", "sparse", "hybrid")
+    floats = variant.x * (far * m // r + near * c)
+    what = " and ".join(far * ["the state"] + near * ["the outputs"])
+    shared = far * (4 * (2 * c * (m + 4) + d * (c + 4) + c * d + c * (c + 1) + 3 * m + 6 * c) + 420)
+    shared += near * (4 * (d * (3 * c + 5) + c * (c + 14)) + 600)
     if d % variant.x or threads % 32 or threads > 512:
         return f"d / x * r = {threads} threads of a block must be a multiple of 32 up to 512"
     if floats > 128 or threads * (floats + 100) > 65536:
         return f"{threads} threads with {floats} floats of {what} each do not fit a GPU's registers"
     return None if shared <= 65536 else f"it takes {shared} bytes of shared memory, at most 65536 are everywhere"
+
+
+def misfit_matrix(contract: Contract, variant: Variant, target: Target) -> str | None:
+    """The same on matrix units: a warp holds 16 rows of w or a few times so many, their features and sums."""
+    c, d, m, rows = variant.c, contract.d, contract.m, contract.rows
+    if d % 16 or rows % c:
+        return f"d = {d} must be a multiple of 16, and the {rows} rows of w of c = {c}"
+    halves, threads, most = 1 if contract.dtype == "bf16" else 2, c // 16 * target.lanes, MATRIX_FLOATS[target.name]
+    if variant.x > m // c:
+        return f"x must be at most the {m // c} tiles of features of a warp"
+    floats = m * d // threads + max(rows * 16, halves * m * 8) // target.lanes + d * 16 // target.lanes
+    if floats > most:
+        return f"a thread takes {floats} registers for the state, features and outputs, at most {most} fit"
+    shared = 2 * (d + 8) * (2 * c + rows + halves * (c + m)) + 2 * halves * m * (c + 9) + 4 * m + 12 * c + 420
+    most = 65536 if target.name.startswith("gfx") else 232448
+    return None if shared <= most else f"it takes {shared} bytes of shared memory, at most {most} are there"
 
 
 def targets(backend: str) -> dict[str, Target]:
@@ -179,7 +217,9 @@ def targets(backend: str) -> dict[str, Target]:
 
 def space(contract: Contract, backend: str = "cpu") -> list[Variant]:
     """The candidates that the tuner tries, in canonical order; the first of each target is its default."""
-    found = []
+    found: list[Variant] = []
+    if backend == "cpu" and contract.dtype not in OPERATORS[contract.operator].cpu:
+        return found
     for target in filter(lambda t: t.runs(contract), TARGETS[backend]):
         for tile, chunks in SPACE.get((contract.operator, backend), {}).get(target.name, {}).items():
             r, x = map(int, tile.split("x"))

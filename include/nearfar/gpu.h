@@ -86,6 +86,18 @@ NF_DEVICE double nf_lane_xor_double(double x, int other)
     return __shfl_xor_sync(0xffffffffu, x, other);
 }
 
+/* x of a lane of the warp. */
+NF_DEVICE float nf_lane_at(float x, int lane)
+{
+    return __shfl_sync(0xffffffffu, x, lane);
+}
+
+/* Is x not zero in any lane of the warp? */
+NF_DEVICE int nf_any(int x)
+{
+    return __any_sync(0xffffffffu, x);
+}
+
 /* The smallest of many threads' numbers in shared memory. */
 NF_DEVICE void nf_smallest(int *p, int x)
 {
@@ -97,9 +109,29 @@ NF_DEVICE float nf_exp2(float x)
     return exp2f(x);
 }
 
+/* 2^x by the special function unit: relative error 2^-22, 0 below the normal numbers. */
+NF_DEVICE float nf_exp2_unit(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 NF_DEVICE float nf_floor(float x)
 {
     return floorf(x);
+}
+
+/* The whole number nearest to x, |x| < 2^22, by additions, which have more units than conversions. */
+NF_DEVICE float nf_nearest(float x)
+{
+    return __fadd_rn(__fadd_rn(x, 12582912.0f), -12582912.0f);
+}
+
+/* p * 2^n of a normal p, 1 <= p < 2, and a whole n from -126 to 126. */
+NF_DEVICE float nf_scale_by(float p, float n)
+{
+    return __int_as_float(__float_as_int(p) + (__float_as_int(__fadd_rn(n, 12582912.0f)) << 23));
 }
 
 NF_DEVICE float nf_fma(float a, float b, float c)
@@ -120,6 +152,23 @@ NF_DEVICE uint16_t nf_f16_round(float x)
     uint16_t half;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
     return half;
+}
+
+/* Two floats as 16-bit floats in a word, `a` the lower half. */
+NF_DEVICE uint32_t nf_bf16_pair(float a, float b)
+{
+    uint32_t pair = 0;
+#if __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
+#else
+    (void)a, (void)b;
+#endif
+    return pair;
+}
+
+NF_DEVICE uint32_t nf_f16_pair(float a, float b)
+{
+    return (uint32_t)nf_f16_round(a) | (uint32_t)nf_f16_round(b) << 16;
 }
 
 /* Four 8 x 8 matrices of 16-bit numbers: lane 8i + j names row j of matrix i (16 aligned bytes) and gets, of each
@@ -276,6 +325,16 @@ NF_DEVICE double nf_lane_xor_double(double x, int other)
     return __builtin_bit_cast(double, high << 32 | low);
 }
 
+NF_DEVICE float nf_lane_at(float x, int lane)
+{
+    return __builtin_bit_cast(float, __builtin_amdgcn_ds_bpermute(lane * 4, __builtin_bit_cast(int, x)));
+}
+
+NF_DEVICE int nf_any(int x)
+{
+    return __builtin_amdgcn_ballot_w64(x != 0) != 0;
+}
+
 NF_DEVICE void nf_smallest(int *p, int x)
 {
     __hip_atomic_fetch_min(p, x, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_WORKGROUP);
@@ -286,9 +345,24 @@ NF_DEVICE float nf_exp2(float x)
     return __builtin_amdgcn_exp2f(x);
 }
 
+NF_DEVICE float nf_exp2_unit(float x)
+{
+    return __builtin_amdgcn_exp2f(x);
+}
+
 NF_DEVICE float nf_floor(float x)
 {
     return __builtin_floorf(x);
+}
+
+NF_DEVICE float nf_nearest(float x)
+{
+    return __builtin_rintf(x);
+}
+
+NF_DEVICE float nf_scale_by(float p, float n)
+{
+    return __builtin_amdgcn_ldexpf(p, (int)n);
 }
 
 NF_DEVICE float nf_fma(float a, float b, float c)
@@ -408,29 +482,80 @@ NF_DEVICE uint16_t nf_bf16_round(float x)
     return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
+#if !defined(__CUDACC__)
+NF_DEVICE uint32_t nf_bf16_pair(float a, float b)
+{
+    return (uint32_t)nf_bf16_round(a) | (uint32_t)nf_bf16_round(b) << 16;
+}
+
+NF_DEVICE uint32_t nf_f16_pair(float a, float b)
+{
+    return (uint32_t)nf_f16_round(a) | (uint32_t)nf_f16_round(b) << 16;
+}
+#endif
+
+/* 2^x on the units of products, -126 <= x < 126: relative error 1e-4, exact at whole numbers. NaN does not pass. */
+NF_DEVICE float nf_exp2_cubic(float x)
+{
+    const float y = x > -126.0f ? (x < 126.0f ? x : 126.0f) : -126.0f, n = nf_nearest(y), f = y - n;
+    return nf_scale_by(nf_fma(nf_fma(nf_fma(5.500893295e-2f, f, 2.422109544e-1f), f, 6.932829022e-1f), f, 1.0f), n);
+}
+
+/* 8 numbers of 16 bits, aligned to 16 bytes, in shared memory. */
+NF_DEVICE void nf_load8(uint16_t *to, const uint16_t *p)
+{
+    const nf_float4 x = nf_load4((const float *)(const void *)p);
+    __builtin_memcpy(to, &x, sizeof x);
+}
+
+NF_DEVICE void nf_store8(uint16_t *p, const uint16_t *x)
+{
+    nf_float4 y;
+    __builtin_memcpy(&y, x, sizeof y);
+    nf_store4((float *)(void *)p, y);
+}
+
 /* ---- fragments: tiles of 16 x 16 on the matrix units
  * ------------------------------------------------------------------
  *
  * One product for all: c [16][16] += a [16][16] b [16][16], a and b of 16-bit numbers, spread over the lanes of a warp
  * as the vendors document it: NF_SM80, PTX ISA "matrix fragments for mma.m16n8k16"; NF_CDNA, CDNA3 ISA "matrix
- * arithmetic instructions", 16x16x16; NF_RDNA3 and NF_RDNA4, the ISA's "wave matrix multiply accumulate". Templates see
- * only nf_rows, nf_columns, nf_product_bf16, nf_product_f16, and where a number of c belongs.
+ * arithmetic instructions", 16x16x16; NF_RDNA3 and NF_RDNA4, the ISA's "wave matrix multiply accumulate". On AMD a lane
+ * has a column of c, a row of a and a column of b: with a and b exchanged it has a row of c instead. So on all of them
+ * a lane's sums are of the rows that it has of a, and sums, rounded, are the next product's a (nf_operand) as they lie.
  */
 #define NF_SM80 1
 #define NF_CDNA 2
 #define NF_RDNA3 3
 #define NF_RDNA4 4
-#if !defined(NF_FRAGMENTS) && !(defined(__HIPCC__) || defined(__HIP__))
+#if !defined(NF_FRAGMENTS) && !(defined(__HIPCC__) || defined(__HIP__)) && \
+    (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800)
 #define NF_FRAGMENTS NF_SM80
 #endif
 
 #ifdef NF_FRAGMENTS
-#if NF_FRAGMENTS == NF_CDNA
-enum { NF_FRAGMENT_WORDS = 2, NF_SUMS = 4, NF_FRAGMENT_LANES = 64 };
-#elif NF_FRAGMENTS == NF_RDNA3
-enum { NF_FRAGMENT_WORDS = 8, NF_SUMS = 8, NF_FRAGMENT_LANES = 32 };
+/* Words of a fragment in a lane, its sums, how many rows these are of, and how the lanes that share a row are numbered.
+ */
+#if NF_FRAGMENTS == NF_SM80
+enum { NF_FRAGMENT_WORDS = 4, NF_SUMS = 8, NF_LANE_ROWS = 2, NF_FRAGMENT_LANES = 32, NF_ROW_STEP = 1, NF_ROW_END = 4 };
+#elif NF_FRAGMENTS == NF_CDNA
+enum {
+    NF_FRAGMENT_WORDS = 2,
+    NF_SUMS = 4,
+    NF_LANE_ROWS = 1,
+    NF_FRAGMENT_LANES = 64,
+    NF_ROW_STEP = 16,
+    NF_ROW_END = 64
+};
 #else
-enum { NF_FRAGMENT_WORDS = 4, NF_SUMS = 8, NF_FRAGMENT_LANES = 32 };
+enum {
+    NF_FRAGMENT_WORDS = NF_FRAGMENTS == NF_RDNA3 ? 8 : 4,
+    NF_SUMS = 8,
+    NF_LANE_ROWS = 1,
+    NF_FRAGMENT_LANES = 32,
+    NF_ROW_STEP = 16,
+    NF_ROW_END = 32
+};
 #endif
 
 /* A lane's share of a (rows by k) or b (columns by k), and of c. */
@@ -447,13 +572,32 @@ NF_DEVICE int nf_lane(void)
     return nf_thread() % NF_FRAGMENT_LANES;
 }
 
-#if NF_FRAGMENTS != NF_SM80
-/* Where on AMD a lane's numbers along k begin. */
-NF_DEVICE int nf_first_k(void)
+NF_DEVICE int nf_warp(void)
 {
-    return NF_FRAGMENTS == NF_RDNA3 ? 0 : nf_lane() / 16 * (2 * NF_FRAGMENT_WORDS);
+    return nf_thread() / NF_FRAGMENT_LANES;
 }
+
+/* The row of a (column of b) that word i of a lane is of, and the first of its two numbers along k. */
+NF_DEVICE int nf_word_row(int i)
+{
+#if NF_FRAGMENTS == NF_SM80
+    return nf_lane() / 4 + i % 2 * 8;
+#else
+    (void)i;
+    return nf_lane() % 16;
 #endif
+}
+
+NF_DEVICE int nf_word_k(int i)
+{
+#if NF_FRAGMENTS == NF_SM80
+    return nf_lane() % 4 * 2 + i / 2 * 8;
+#elif NF_FRAGMENTS == NF_RDNA3
+    return 2 * i;
+#else
+    return (nf_lane() / 16 * NF_FRAGMENT_WORDS + i) * 2;
+#endif
+}
 
 /* A fragment from shared memory: row i (of a; column i of b) at tile + i * stride, along k. Rows begin at multiples of
  * 16 bytes. */
@@ -463,7 +607,7 @@ NF_DEVICE nf_fragment nf_rows(const uint16_t *tile, int stride)
 #if NF_FRAGMENTS == NF_SM80
     nf_ldmatrix(f.word, tile + nf_lane() % 16 * stride + nf_lane() / 16 * 8);
 #else
-    const uint32_t *row = (const uint32_t *)(const void *)(tile + nf_lane() % 16 * stride + nf_first_k());
+    const uint32_t *row = (const uint32_t *)(const void *)(tile + nf_word_row(0) * stride + nf_word_k(0));
     NF_UNROLLED
     for (int i = 0; i < NF_FRAGMENT_WORDS; i++)
         f.word[i] = row[i];
@@ -478,11 +622,30 @@ NF_DEVICE nf_fragment nf_columns(const uint16_t *tile, int stride)
 #if NF_FRAGMENTS == NF_SM80
     nf_ldmatrix_transposed(f.word, tile + (nf_lane() % 8 + nf_lane() / 16 * 8) * stride + nf_lane() / 8 % 2 * 8);
 #else
-    const uint16_t *column = tile + nf_first_k() * stride + nf_lane() % 16;
+    const uint16_t *column = tile + nf_word_k(0) * stride + nf_word_row(0);
     NF_UNROLLED
     for (int i = 0; i < NF_FRAGMENT_WORDS; i++)
         f.word[i] = (uint32_t)column[2 * i * stride] | (uint32_t)column[(2 * i + 1) * stride] << 16;
 #endif
+    return f;
+}
+
+/* A fragment back to rows in shared memory. */
+NF_DEVICE void nf_put_rows(uint16_t *tile, int stride, nf_fragment f)
+{
+    NF_UNROLLED
+    for (int i = 0; i < NF_FRAGMENT_WORDS; i++)
+        if (NF_FRAGMENTS != NF_RDNA3 || i % 2 == nf_lane() / 16) /* there, two lanes have the same */
+            *(uint32_t *)(void *)(tile + nf_word_row(i) * stride + nf_word_k(i)) = f.word[i];
+}
+
+/* All numbers the same two. */
+NF_DEVICE nf_fragment nf_constant(uint32_t pair)
+{
+    nf_fragment f;
+    NF_UNROLLED
+    for (int i = 0; i < NF_FRAGMENT_WORDS; i++)
+        f.word[i] = pair;
     return f;
 }
 
@@ -492,7 +655,7 @@ NF_DEVICE nf_fragment nf_columns(const uint16_t *tile, int stride)
     nf_mma_##type##_16x8(c->at, a.word, left); \
     nf_mma_##type##_16x8(c->at + 4, a.word, right)
 #else
-#define NF_PRODUCT(type) nf_matrix_##type(c->at, a.word, b.word)
+#define NF_PRODUCT(type) nf_matrix_##type(c->at, b.word, a.word)
 #endif
 
 /* c += a b. */
@@ -506,15 +669,25 @@ NF_DEVICE void nf_product_f16(nf_sums *c, nf_fragment a, nf_fragment b)
     NF_PRODUCT(f16);
 }
 
-/* The row and the column of number i of a lane's share of c. */
+/* The same with a b whose columns are all alike: of c only nf_row_sum is of use. */
+NF_DEVICE void nf_product_row(nf_sums *c, nf_fragment a, nf_fragment b)
+{
+#if NF_FRAGMENTS == NF_SM80
+    const uint32_t left[2] = {b.word[0], b.word[2]};
+    nf_mma_bf16_16x8(c->at, a.word, left);
+#else
+    nf_matrix_bf16(c->at, b.word, a.word);
+#endif
+}
+
+/* The row and the column of number i of a lane's share of c, and which of the lane's rows that is. */
 NF_DEVICE int nf_sum_row(int i)
 {
 #if NF_FRAGMENTS == NF_SM80
     return nf_lane() / 4 + i / 2 % 2 * 8;
-#elif NF_FRAGMENTS == NF_RDNA3
-    return 2 * i + nf_lane() / 16;
 #else
-    return nf_lane() / 16 * NF_SUMS + i;
+    (void)i;
+    return nf_lane() % 16;
 #endif
 }
 
@@ -522,10 +695,60 @@ NF_DEVICE int nf_sum_column(int i)
 {
 #if NF_FRAGMENTS == NF_SM80
     return i / 4 * 8 + nf_lane() % 4 * 2 + i % 2;
+#elif NF_FRAGMENTS == NF_RDNA3
+    return 2 * i + nf_lane() / 16;
 #else
-    (void)i;
-    return nf_lane() % 16;
+    return nf_lane() / 16 * NF_SUMS + i;
 #endif
+}
+
+NF_DEVICE int nf_sum_slot(int i)
+{
+    return NF_LANE_ROWS == 2 ? i / 2 % 2 : 0;
+}
+
+/* The first of a lane's numbers of each of its rows; the number in column 0; the largest of the row. All lanes of the
+ * warp take part in the latter two. */
+NF_DEVICE float nf_row_sum(const nf_sums *c, int slot)
+{
+    return c->at[2 * slot];
+}
+
+NF_DEVICE float nf_row_first(const nf_sums *c, int slot)
+{
+    return nf_lane_at(c->at[2 * slot], nf_lane() & (NF_ROW_STEP == 1 ? ~(NF_ROW_END - 1) : NF_ROW_STEP - 1));
+}
+
+NF_DEVICE float nf_row_max(float x)
+{
+    NF_UNROLLED
+    for (int other = NF_ROW_STEP; other < NF_ROW_END; other *= 2) {
+        const float y = nf_lane_xor(x, other);
+        x = y > x ? y : x;
+    }
+    return x;
+}
+
+/* Sums as bf16, the next product's a: its rows are theirs, its k their columns. What that leaves of the sums stays. */
+NF_DEVICE nf_fragment nf_operand(nf_sums *c)
+{
+    nf_fragment f;
+#if NF_FRAGMENTS == NF_RDNA3
+    NF_UNROLLED
+    for (int i = 0; i < NF_SUMS; i++) {
+        const float other = nf_lane_xor(c->at[i], 16);
+        f.word[i] = nf_lane() < 16 ? nf_bf16_pair(c->at[i], other) : nf_bf16_pair(other, c->at[i]);
+        c->at[i] -= nf_bf16_read((uint16_t)(f.word[i] >> nf_lane() / 16 * 16));
+    }
+#else
+    NF_UNROLLED
+    for (int i = 0; i < NF_FRAGMENT_WORDS; i++) {
+        f.word[i] = nf_bf16_pair(c->at[2 * i], c->at[2 * i + 1]);
+        c->at[2 * i] -= nf_bf16_read((uint16_t)f.word[i]);
+        c->at[2 * i + 1] -= nf_bf16_read((uint16_t)(f.word[i] >> 16));
+    }
+#endif
+    return f;
 }
 #endif /* NF_FRAGMENTS */
 
@@ -540,10 +763,13 @@ typedef struct nf_work {
     int64_t length; /* tokens of a segment */
     int64_t round;  /* rounds of segments so far */
     int64_t count;  /* segments of a round, for which there are slots; of operators without: blocks along y */
-    float *slots;   /* the workspace */
+    float *slots;   /* in the workspace */
+    int *verdict;   /* in the workspace: 0 where a block of the pattern's check found a fault; NULL: no check */
     void *dst;      /* of a merge, from a and b */
     const void *a, *b;
 } nf_work;
+
+enum { NF_CHECK_BLOCKS = 32 };
 
 typedef void (*nf_kernel)(nf_work work);
 
@@ -564,6 +790,17 @@ SIMT_ENTER nf_enter(const void *context)
 NF_UNUSED static int nf_device_offers(size_t shared)
 {
     return shared <= simt.shared_limit;
+}
+
+/* Is this the GPU that a target is for, and has the kernel been compiled for it? */
+NF_UNUSED static int nf_device_is(const char *target, int fragments, nf_kernel kernel)
+{
+    (void)target, (void)kernel;
+#ifdef NF_FRAGMENTS
+    return fragments == NF_FRAGMENTS && simt.warp == NF_FRAGMENT_LANES;
+#else
+    return 0;
+#endif
 }
 
 NF_UNUSED static nf_status nf_launch(nf_kernel kernel, const nf_work *work, int64_t x, int64_t y, int threads,
@@ -589,6 +826,22 @@ NF_UNUSED static int nf_device_offers(size_t shared)
         return 0;
 #endif
     return shared <= (size_t)most;
+}
+
+/* Is this the GPU that a target is for, and has the kernel been compiled for it? */
+NF_UNUSED static int nf_device_is(const char *target, int fragments, nf_kernel kernel)
+{
+#if defined(__CUDACC__)
+    cudaFuncAttributes a;
+    (void)target, (void)fragments;
+    return cudaFuncGetAttributes(&a, (const void *)kernel) == cudaSuccess && a.ptxVersion >= 80;
+#else
+    int device;
+    hipDeviceProp_t p;
+    (void)fragments, (void)kernel;
+    return hipGetDevice(&device) == hipSuccess && hipGetDeviceProperties(&p, device) == hipSuccess &&
+           strncmp(p.gcnArchName, target, strlen(target)) == 0;
+#endif
 }
 
 /* Blocks (x, y) of a kernel on the call's stream: nothing is allocated and nothing waits, so a graph can capture it. */
@@ -625,8 +878,8 @@ NF_DEVICE float nf_nan(void)
     return x;
 }
 
-/* The unit of this block; returns 0 if its projection, decay or state is not of this call. What the host could not look
- * at is looked at here: borders out of order make a sequence of no tokens. */
+/* The unit of this block; returns 0 if its projection, pattern, decay or state is not of this call. What the host could
+ * not look at is looked at here: borders out of order make a sequence of no tokens. */
 NF_DEVICE int nf_open(const nf_work *w, nf_unit *unit)
 {
     const nf_plan *p = &w->plan;
@@ -641,6 +894,9 @@ NF_DEVICE int nf_open(const nf_work *w, nf_unit *unit)
     }
     if (!nf_finite(unit->decay) || unit->decay > 0)
         return 0;
+    for (int i = 0; w->verdict && i < NF_CHECK_BLOCKS; i++)
+        if (!w->verdict[i])
+            return 0;
     projection = (const nf_projection_head *)unit->projection;
     if (projection && (projection->magic != NF_MAGIC_PROJECTION || projection->abi != NF_CORE_ABI ||
                        projection->contract != w->contract.hash))

@@ -21,6 +21,14 @@
 extern "C" {
 #endif
 
+/* What kernels have done, of all threads together; an operation of a whole warp counts once for each of its lanes. */
+typedef struct simt_counts {
+    int64_t products;                                     /* of 16 x 8 x 16, or of 16 x 16 x 16 on AMD */
+    int64_t matrices;                                     /* ldmatrix: four of 8 x 8 */
+    int64_t powers;                                       /* on the special function unit */
+    int64_t loaded, stored, shared_loaded, shared_stored; /* bytes, outside of ldmatrix */
+} simt_counts;
+
 typedef struct simt_setting {
     int warp;            /* lanes: 32 or 64 */
     int backwards;       /* run the threads of a block, and the blocks, last first */
@@ -30,6 +38,7 @@ typedef struct simt_setting {
     int thread;          /* the running thread */
     size_t shared_limit; /* of a block, bytes */
     int64_t launches;    /* so far */
+    simt_counts counts;  /* so far */
 } simt_setting;
 
 extern simt_setting simt;
@@ -88,6 +97,8 @@ typedef struct nf_float4 {
 #define nf_store4(p, x) simt_store4(p, x, __LINE__)
 #define nf_lane_xor(x, other) simt_lane_xor(x, other, __LINE__)
 #define nf_lane_xor_double(x, other) simt_lane_xor_double(x, other, __LINE__)
+#define nf_lane_at(x, lane) simt_lane_at(x, lane, __LINE__)
+#define nf_any(x) simt_any(x, __LINE__)
 #define nf_smallest(p, x) simt_smallest(p, x, __LINE__)
 #define nf_copy_async(to, from, given) simt_copy(to, from, given, __LINE__)
 #define nf_copy_commit() simt_copy_commit()
@@ -121,6 +132,24 @@ SIMT_FN double simt_lane_xor_double(double x, int other, int line)
     return x;
 }
 
+SIMT_FN float simt_lane_at(float x, int lane, int line)
+{
+    const unsigned char *all = simt_exchange(&x, sizeof x, line);
+    memcpy(&x, all + lane * SIMT_SLOT, sizeof x);
+    return x;
+}
+
+SIMT_FN int simt_any(int x, int line)
+{
+    const unsigned char *all = simt_exchange(&x, sizeof x, line);
+    int any = 0;
+    for (int lane = 0; lane < simt.warp; lane++) {
+        memcpy(&x, all + lane * SIMT_SLOT, sizeof x);
+        any |= x != 0;
+    }
+    return any;
+}
+
 /* ---- matrix units: every lane brings its words, and takes its sums from everybody's -------------------------------
  */
 
@@ -151,6 +180,7 @@ SIMT_FN void simt_ldmatrix(uint32_t *r, const void *row, int transposed, int lin
     const unsigned char *all;
     const int lane = simt.thread % simt.warp;
     simt_access(row, 16, 0, line);
+    simt.counts.shared_loaded -= 16, simt.counts.matrices++;
     all = simt_exchange(row, 16, line);
     for (int i = 0; i < 4; i++)
         for (int half = 0; half < 2; half++) {
@@ -169,6 +199,7 @@ SIMT_FN void simt_mma(float *c, const uint32_t *a, const uint32_t *b, int bf16, 
     const int lane = simt.thread % simt.warp;
     uint32_t mine[6];
     const unsigned char *all;
+    simt.counts.products++;
     memcpy(mine, a, 16);
     memcpy(mine + 4, b, 8);
     all = simt_exchange(mine, sizeof mine, line);
@@ -191,6 +222,7 @@ SIMT_FN void simt_matrix(float *c, const uint32_t *a, const uint32_t *b, int kin
     const int each = kind == 3 ? 16 : 2 * words; /* numbers of a lane */
     uint32_t mine[16];
     const unsigned char *all;
+    simt.counts.products++;
     memcpy(mine, a, (size_t)words * 4);
     memcpy(mine + words, b, (size_t)words * 4);
     all = simt_exchange(mine, (size_t)words * 8, line);
@@ -233,9 +265,25 @@ SIMT_FN float nf_exp2(float x)
     return exp2f(x);
 }
 
+SIMT_FN float nf_exp2_unit(float x)
+{
+    simt.counts.powers++;
+    return x < -126 ? 0 : exp2f(x);
+}
+
 SIMT_FN float nf_floor(float x)
 {
     return floorf(x);
+}
+
+SIMT_FN float nf_nearest(float x)
+{
+    return rintf(x);
+}
+
+SIMT_FN float nf_scale_by(float p, float n)
+{
+    return ldexpf(p, (int)n);
 }
 
 SIMT_FN float nf_fma(float a, float b, float c)

@@ -277,6 +277,24 @@ Test(faults, overwritten)
     reports(overwritten_kernel, "race: ", 0);
 }
 
+/* What other lanes have read before a warp barrier, a lane reads and writes after it. */
+static void reread_kernel(work w)
+{
+    float *s = (float *)nf_shared();
+    const int next = nf_thread() ^ 1;
+    s[nf_thread()] = 1;
+    nf_warp_barrier();
+    w.out[HERE] = s[next];
+    if (!w.broken)
+        nf_warp_barrier();
+    s[nf_thread()] = s[nf_thread()] + 1;
+}
+
+Test(faults, read_again)
+{
+    reports(reread_kernel, "race: ", 0);
+}
+
 /* Two threads of different warps have read what one of them stores. */
 static void own_too_kernel(work w)
 {

@@ -10,6 +10,9 @@ typedef enum hipDeviceAttribute_t {
     hipDeviceAttributeMaxSharedMemoryPerBlock,
     hipDeviceAttributeWarpSize
 } hipDeviceAttribute_t;
+typedef struct hipDeviceProp_t {
+    char gcnArchName[256];
+} hipDeviceProp_t;
 typedef struct ihipStream_t *hipStream_t;
 
 struct dim3 {
@@ -22,6 +25,7 @@ struct dim3 {
 extern "C" {
 hipError_t hipGetDevice(int *device);
 hipError_t hipDeviceGetAttribute(int *value, hipDeviceAttribute_t attribute, int device);
+hipError_t hipGetDeviceProperties(hipDeviceProp_t *properties, int device);
 hipError_t hipLaunchKernel(const void *kernel, dim3 blocks, dim3 threads, void **arguments, size_t shared,
                            hipStream_t stream);
 }
