@@ -158,7 +158,7 @@ static void runner_prepare(runner *r)
     if (!r->args)
         fail("out of memory");
     device_mirror(workspace, r->bytes);
-    r->workspace = device_address(workspace);
+    r->workspace = device_scratch(workspace, r->bytes);
     if (k->m)
         device_mirror(r->load->args->projection, k->projection_bytes());
     for (int i = 0; i < r->load->sets; i++) {

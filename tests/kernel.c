@@ -41,7 +41,7 @@ static nf_status fetched(nf_status status)
     static nf_status name(const nf_args *args, void *workspace, size_t bytes) \
     { \
         const nf_args there = device_args(args); \
-        return fetched((attend)(&there, device_address(workspace), bytes)); \
+        return fetched((attend)(&there, device_scratch(workspace, bytes), bytes)); \
     }
 CALL(forward, K(forward))
 CALL(decode, K(decode))
