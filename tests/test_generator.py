@@ -207,7 +207,7 @@ def test_variants_of_a_gpu() -> None:
         ("favor_cosh_f32_d64_m512", "simt_c8_r2x1_s64", "128 threads with 256 floats of the state each"),
         ("favor_trig_f32_d64_m128", "simt_c16_r4x1", "cuda has favor, linear,"),
         (FAVOR.name, "avx2_c48_r6x2", "field 'target' = 'avx2': must be sm80 or simt"),
-        (FAVOR.name, "sm80_c64_r1x1_s64", "the target sm80 runs favor or exact or sparse in bf16 or f16, not favor_cosh_f32_d64_m128"),
+        (FAVOR.name, "sm80_c64_r1x1_s64", "sm80 runs favor or exact or sparse in bf16 or f16, not favor_cosh_f32"),
         ("favor_cosh_bf16_d64_m128", "sm80_c80_r1x1_s64", "rows of w of c = 80, at most 64"),
         ("favor_cosh_bf16_d64_m128", "sm80_c64_r2x1_s64", "r at most x"),
         ("favor_cosh_bf16_d64_m128", "sm80_c64_r1x1", "it must end in _s<tokens>"),
