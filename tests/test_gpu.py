@@ -22,6 +22,7 @@ CONTRACTS = (
     "sparse_f32_d64_b64",
     "hybrid_cosh_f32_d64_m128_b64",
 )
+MATRIX = "favor_cosh_bf16_d64_m128"  # has variants on matrix units
 NVIDIA = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx90a", "gfx942", "gfx1100", "gfx1201", "gfx1030")  # the last has no target of its own: simt
 
@@ -156,6 +157,17 @@ def test_an_engine_in_c_links_a_cuda_header(folder: Path) -> None:
     run(folder / "engine")
 
 
+BENCH = [f"-I{ROOT / folder}" for folder in ("bench", "include/nearfar")]
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
+@pytest.mark.parametrize("name", ["device", "products"])
+def test_the_bench_compiles(name: str, arch: str, tmp_path: Path) -> None:
+    flags = ["-arch", arch, "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror", "-Xptxas", "-v"]
+    log = run(nvcc(), *flags, *BENCH, "-c", ROOT / "bench" / f"{name}.cu", "-o", tmp_path / "out.o")
+    assert [row for row in resources(log) if row[2] or row[3]] == [], "spills"
+
+
 @pytest.mark.parametrize("name", ["engine", "graph"])
 def test_examples_link(name: str, folder: Path) -> None:
     """As their comments say, but for the arch of a GPU that is not here."""
@@ -251,6 +263,29 @@ def test_products_of_fragments_are_single_instructions_on_amd(arch: str, instruc
     run(clang(), *flags, tmp_path / "probe.hip", "-o", tmp_path / "out.s")
     assembly = (tmp_path / "out.s").read_text(encoding="utf-8")
     assert len(re.findall(instruction, assembly)) == 2
+
+
+@pytest.mark.parametrize(
+    ("arch", "instruction"), [("gfx90a", "v_mfma"), ("gfx1100", "v_wmma"), ("gfx1030", "s_endpgm")]
+)
+def test_the_ceiling_of_matrix_units_on_amd(arch: str, instruction: str, tmp_path: Path) -> None:
+    """Six products in a row; nothing where there are no units."""
+    flags = [*AMD_FLAGS, f"--offload-arch={arch}", *BENCH, "-I", ROOT / "tests" / "simt"]
+    run(clang(), *flags, ROOT / "bench" / "products.cu", "-o", tmp_path / "out.s")
+    assert instruction in (tmp_path / "out.s").read_text(encoding="utf-8")
+
+
+def test_matrix_variants_are_empty_where_there_are_no_such_units(folder: Path) -> None:
+    """The same header on a GPU of the target and on another one: supported() then leaves the call to simt."""
+    for arch, there in (("sm_80", True), ("sm_75", False)):
+        run(nvcc(), "-arch", arch, "-ptx", folder / f"{MATRIX}.cu", "-o", folder / "ptx")
+        ptx = (folder / "ptx").read_text(encoding="utf-8")
+        for found in ("m16n8k16.row.col.f32.bf16", "ldmatrix.sync", "cp.async.cg", "ex2.approx.ftz", "cvt.rn.bf16x2"):
+            assert (found in ptx) == there, f"{found} for {arch}"
+    for arch, there in (("gfx942", True), ("gfx1030", False)):
+        flags = [*AMD_FLAGS, f"--offload-arch={arch}", "-I", ROOT / "tests" / "simt"]
+        run(clang(), *flags, folder / f"{MATRIX}.hip", "-o", folder / "out.s")
+        assert ("v_mfma_f32_16x16x16" in (folder / "out.s").read_text(encoding="utf-8")) == there, arch
 
 
 def test_hipcc(folder: Path) -> None:
