@@ -69,7 +69,7 @@ OPERATORS = {
     "linear": Operator("linear attention: a map without randomness, or ready features", LINEAR_MAPS, DTYPES, (WIDE, V)),
     "exact": Operator("softmax attention, the exact baseline", (), DTYPES, (WIDE,), F32),
     "sparse": Operator("softmax attention over a pattern: window, globals, blocks", (), DTYPES, (WIDE, B), F32),
-    "hybrid": Operator("exact near by, random features far away, one sum", ("cosh", "exp"), F32, (D, M, B)),
+    "hybrid": Operator("exact near by, random features far away, one sum", ("cosh", "exp"), DTYPES, (D, M, B), F32),
 }
 
 

@@ -33,7 +33,8 @@ class Target:
         return known and features and not (self.square and contract.v)
 
 
-MATRIX_KERNELS = (("bf16", "f16"), ("favor",), True, True)  # what its matrix units have
+MATRIX_KERNELS = (("bf16", "f16"), ("favor", "exact", "sparse"), True, True)  # what its matrix units have
+SOFTMAX_KERNELS = (("bf16", "f16"), ("exact", "sparse"), True, True)
 GPU_KERNELS = (DTYPES, ("favor", "linear", "exact", "sparse", "hybrid"), True, True)  # what a GPU has kernels for
 # Best first: the order of a header's variants and of the choice at run time.
 TARGETS = {
@@ -59,6 +60,8 @@ TARGETS = {
     "hip": (
         Target("gfx90a", 64, 0, "AMD Instinct MI200", *MATRIX_KERNELS),
         Target("gfx942", 64, 0, "AMD Instinct MI300", *MATRIX_KERNELS),
+        Target("gfx11", 32, 0, "AMD RDNA3", *SOFTMAX_KERNELS),
+        Target("gfx12", 32, 0, "AMD RDNA4", *SOFTMAX_KERNELS),
         Target("simt", 1, 0, "any AMD GPU that HIP knows", *GPU_KERNELS),
     ),
 }
@@ -67,8 +70,9 @@ TARGETS = {
 @dataclass(frozen=True)
 class Variant:
     """target_c<tokens per chunk>_r<rows>x<vectors>: the register tile holds r rows of x vectors of accumulators.
-    On a GPU r threads share x columns of the values (matrix units: of x tiles of features r are computed on the special
-    function unit, the others by products), and _s<tokens> is the segment of a sequence that a block takes."""
+    On a GPU r threads share x columns of the values, and _s<tokens> is the segment of a sequence that a block takes.
+    On its matrix units: of x tiles of features r are computed on the special function unit, the others by products;
+    softmax takes tiles of 16 x keys."""
 
     target: str
     c: int
@@ -125,7 +129,10 @@ GPU = {
 # On matrix units a warp has 16 tokens of a chunk: the most warps, so the fewest registers for the state, first.
 MATRIX_FLOATS = {"sm80": 160, "gfx90a": 192, "gfx942": 192}
 MATRIX = {"1x1": (64, 48, 32, 16), "3x4": (32, 16), "1x2": (64, 48, 32, 16)}
-GPU_EXACT = {"simt": {"4x1": (32, 16), "4x2": (32, 16), "4x4": (16,), "8x1": (32, 16)}}
+# Softmax on matrix units: a warp has 16 rows of a block.
+GPU_EXACT = {
+    target: {"1x4": (64, 128, 32), "1x2": (64, 32)} for target in ("sm80", "gfx90a", "gfx942", "gfx11", "gfx12")
+} | {"simt": {"4x1": (32, 16), "4x2": (32, 16), "4x4": (16,), "8x1": (32, 16)}}
 SPACE = {
     **{
         ("favor", "cpu"): FAVOR,
@@ -146,9 +153,9 @@ def fault(variant: Variant, target: Target) -> str | None:
     """The rule that a variant breaks, or None."""
     c, r, x = variant.c, variant.r, variant.x
     if target.lanes > 1 and not target.registers:
-        if c % 16 or not 16 <= c <= 64 or x not in (1, 2, 4) or r > x:
-            return "c must be a multiple of 16 from 16 to 64, x 1, 2 or 4, r at most x"
-        return None if variant.s >= 16 else "it must end in _s<tokens>, segments of 16 to 9999"
+        if c % 16 or not 16 <= c <= 128 or x not in (1, 2, 4) or r > x:
+            return "c must be a multiple of 16 from 16 to 128, x 1, 2 or 4, r at most x"
+        return None if not variant.s or variant.s >= 16 else "segments must be of 16 to 9999 tokens"
     if not target.registers:
         if c % 4 or not 4 <= c <= 128 or r not in (1, 2, 4, 8, 16, 32) or x not in (1, 2, 4):
             return "c must be a multiple of 4 from 4 to 128, r 1, 2, 4 and so on to 32, x 1, 2 or 4"
@@ -177,7 +184,7 @@ def misfit(contract: Contract, variant: Variant, target: Target) -> str | None:
     if target.registers:
         return None
     if target.lanes > 1:
-        return misfit_matrix(contract, variant, target)
+        return misfit_matrix(contract, variant, target) if contract.m else misfit_softmax(contract, variant)
     c, r, d, m = variant.c, variant.r, contract.d, -(-contract.features // (4 * variant.r)) * 4 * variant.r
     if (variant.s > 0) != (m > 0):
         return f"it must{'' if m else ' not'} end in _s<tokens>, the segments of operators with a state"
@@ -197,8 +204,10 @@ def misfit(contract: Contract, variant: Variant, target: Target) -> str | None:
 def misfit_matrix(contract: Contract, variant: Variant, target: Target) -> str | None:
     """The same on matrix units: a warp holds 16 rows of w or a few times so many, their features and sums."""
     c, d, m, rows = variant.c, contract.d, contract.m, contract.rows
-    if d % 16 or rows % c or m > 128:
-        return f"d = {d} must be a multiple of 16, the {rows} rows of w of c = {c}, m = {m} at most 128"
+    if d % 16 or rows % c or c > 64 or m > 128:
+        return f"d = {d} must be a multiple of 16, the {rows} rows of w of c = {c}, at most 64, m = {m} at most 128"
+    if not variant.s:
+        return "it must end in _s<tokens>, the segments of operators with a state"
     halves, threads, most = 1 if contract.dtype == "bf16" else 2, c // 16 * target.lanes, MATRIX_FLOATS[target.name]
     if variant.x > m // c:
         return f"x must be at most the {m // c} tiles of features of a warp"
@@ -208,6 +217,17 @@ def misfit_matrix(contract: Contract, variant: Variant, target: Target) -> str |
     shared = 2 * (d + 8) * (2 * c + rows + halves * (c + m)) + 2 * halves * m * (c + 9) + 4 * m + 12 * c + 420
     most = 65536 if target.name.startswith("gfx") else 232448
     return None if shared <= most else f"it takes {shared} bytes of shared memory, at most {most} are there"
+
+
+def misfit_softmax(contract: Contract, variant: Variant) -> str | None:
+    """The same of softmax on matrix units: a thread holds queries and outputs, a block two tiles of keys and values."""
+    c, d, n = variant.c, contract.d, 16 * variant.x
+    if d % 16 or d > 128:
+        return f"d = {d} must be a multiple of 16 up to 128"
+    if variant.r != 1 or variant.s or c > 2 * n:
+        return f"it must be r1, without segments, and c at most {2 * n}, two tiles of keys"
+    shared = 8 * n * (d + 8) + 36 * n + 12 * c + 700
+    return None if shared <= 65536 else f"it takes {shared} bytes of shared memory, at most 65536 are everywhere"
 
 
 def targets(backend: str) -> dict[str, Target]:

@@ -146,7 +146,6 @@ def sum_up(log: Path) -> int:
 
 TOPICS = ("accuracy", "bits", "state", "pattern", "linear", "twins")  # the files tests/test_<topic>.c for any backend
 SHAPES = ({"d": 64, "m": 128, "b": 64}, {"d": 48, "m": 96, "b": 48}, {"d": 8, "m": 8, "b": 16})
-SEGMENT = 32  # tokens; short segments beside the shipped ones: then short sequences have several
 INCLUDE = ("-I.", *(f"-I{ROOT / folder}" for folder in ("bench", "tests", "include", "include/nearfar", ".")))
 SECONDS = 240  # for one topic and contract
 # The lists of contracts that the test files know, as meson.build has them.
@@ -184,9 +183,9 @@ def entry(contract: Contract) -> str:
 
 
 def device_recipe(contract: Contract, backend: str) -> Recipe:
-    """The shipped variants, and those with short segments."""
+    """The shipped variants, and the same with segments of two chunks, so that short sequences have several."""
     shipped = default(contract, backend)
-    return Recipe(contract, backend, (*shipped, *(replace(v, s=SEGMENT) for v in shipped if v.s)))
+    return Recipe(contract, backend, (*shipped, *(replace(v, s=2 * v.c) for v in shipped if v.s)))
 
 
 def test_device(names: list[str], backend: str) -> int:

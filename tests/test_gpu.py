@@ -157,6 +157,17 @@ def test_an_engine_in_c_links_a_cuda_header(folder: Path) -> None:
     run(folder / "engine")
 
 
+BENCH = [f"-I{ROOT / folder}" for folder in ("bench", "include/nearfar")]
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
+@pytest.mark.parametrize("name", ["device", "products"])
+def test_the_bench_compiles(name: str, arch: str, tmp_path: Path) -> None:
+    flags = ["-arch", arch, "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror", "-Xptxas", "-v"]
+    log = run(nvcc(), *flags, *BENCH, "-c", ROOT / "bench" / f"{name}.cu", "-o", tmp_path / "out.o")
+    assert [row for row in resources(log) if row[2] or row[3]] == [], "spills"
+
+
 @pytest.mark.parametrize("name", ["engine", "graph"])
 def test_examples_link(name: str, folder: Path) -> None:
     """As their comments say, but for the arch of a GPU that is not here."""
@@ -265,6 +276,16 @@ def test_matrix_variants_are_empty_where_there_are_no_such_units(folder: Path) -
         flags = [*AMD_FLAGS, f"--offload-arch={arch}", "-I", ROOT / "tests" / "simt"]
         run(clang(), *flags, folder / f"{MATRIX}.hip", "-o", folder / "out.s")
         assert ("v_mfma_f32_16x16x16" in (folder / "out.s").read_text(encoding="utf-8")) == there, arch
+
+
+@pytest.mark.parametrize(
+    ("arch", "instruction"), [("gfx90a", "v_mfma"), ("gfx1100", "v_wmma"), ("gfx1030", "s_endpgm")]
+)
+def test_the_ceiling_of_matrix_units_on_amd(arch: str, instruction: str, tmp_path: Path) -> None:
+    """Six products in a row; nothing where there are no units."""
+    flags = [*AMD_FLAGS, f"--offload-arch={arch}", *BENCH, "-I", ROOT / "tests" / "simt"]
+    run(clang(), *flags, ROOT / "bench" / "products.cu", "-o", tmp_path / "out.s")
+    assert instruction in (tmp_path / "out.s").read_text(encoding="utf-8")
 
 
 def test_hipcc(folder: Path) -> None:

@@ -750,6 +750,27 @@ NF_DEVICE nf_fragment nf_operand(nf_sums *c)
 #endif
     return f;
 }
+/* The same as f16. */
+NF_DEVICE nf_fragment nf_operand_f16(nf_sums *c)
+{
+    nf_fragment f;
+#if NF_FRAGMENTS == NF_RDNA3
+    NF_UNROLLED
+    for (int i = 0; i < NF_SUMS; i++) {
+        const float other = nf_lane_xor(c->at[i], 16);
+        f.word[i] = nf_lane() < 16 ? nf_f16_pair(c->at[i], other) : nf_f16_pair(other, c->at[i]);
+        c->at[i] -= nf_f16_read((uint16_t)(f.word[i] >> nf_lane() / 16 * 16));
+    }
+#else
+    NF_UNROLLED
+    for (int i = 0; i < NF_FRAGMENT_WORDS; i++) {
+        f.word[i] = nf_f16_pair(c->at[2 * i], c->at[2 * i + 1]);
+        c->at[2 * i] -= nf_f16_read((uint16_t)f.word[i]);
+        c->at[2 * i + 1] -= nf_f16_read((uint16_t)(f.word[i] >> 16));
+    }
+#endif
+    return f;
+}
 #endif /* NF_FRAGMENTS */
 
 /* ---- launches ---------------------------------------------------------------------------------------------------- */

@@ -249,7 +249,7 @@ SIMT_FN uint16_t nf_f16_round(float x)
     if (isnan(x) || fabsf(x) >= 65536)
         return (uint16_t)(sign | (isnan(x) ? 0x7e00 : 0x7c00));
     (void)frexpf(x, &exponent);
-    exponent = exponent < -13 ? -13 : exponent;
+    exponent = exponent < -13 || x == 0 ? -13 : exponent;
     return (uint16_t)(sign | (((exponent + 13) << 10) + (int)nearbyintf(ldexpf(fabsf(x), 11 - exponent))));
 }
 

@@ -105,5 +105,8 @@ Test(fragments, halves)
     CHECK(simt_number(0x3c00, 0) == 1 && simt_number(0xc500, 0) == -5 && simt_number(0x0001, 0) == ldexpf(1, -24),
           "f16");
     CHECK(isinf(simt_number(0x7c00, 0)) && isnan(simt_number(0x7e00, 0)) && simt_number(0x7bff, 0) == 65504, "f16");
+    CHECK(nf_f16_round(0) == 0 && nf_f16_round(-1) == 0xbc00 && nf_f16_round(ldexpf(3, -25)) == 2 &&
+              nf_f16_round(65520) == 0x7c00 && nf_f16_round(65519) == 0x7bff,
+          "rounding to f16");
     CHECK(simt_number(0x3f80, 1) == 1 && simt_number(0xc0a0, 1) == -5, "bf16");
 }
