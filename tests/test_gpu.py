@@ -20,6 +20,9 @@ CONTRACTS = (
     "exact_f32_d64",
     "exact_f32_d128",
     "sparse_f32_d64_b64",
+    "exact_bf16_d64",
+    "exact_f16_d128",
+    "sparse_bf16_d64_b64",
 )
 NVIDIA = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx90a", "gfx942", "gfx1100", "gfx1201", "gfx1030")  # the last has no target of its own: simt
