@@ -131,10 +131,16 @@ MATRIX_FLOATS = {"sm80": 160, "gfx90a": 192, "gfx942": 192}
 MATRIX = {"1x1": (64, 48, 32, 16), "3x4": (64, 48, 32), "1x2": (64, 48, 32)}
 MATRIX_AMD = {**MATRIX, "3x4": (48, 32)}
 # Softmax on matrix units: a warp has 16 rows of a block.
-GPU_EXACT = {
-    **{target: {"1x4": (64, 128, 32), "1x2": (64, 32)} for target in ("sm80", "gfx90a", "gfx942")},
-    **{target: {"1x2": (64, 32)} for target in ("gfx11", "gfx12")},
-} | {"simt": {"4x1": (32, 16), "4x2": (32, 16), "4x4": (16,), "8x1": (32, 16)}}
+SMALL_TILES: dict[str, tuple[int, ...]] = {"1x2": (64, 32)}
+SOFTMAX: dict[str, tuple[int, ...]] = {"1x4": (64, 128, 32), **SMALL_TILES}
+GPU_EXACT: dict[str, dict[str, tuple[int, ...]]] = {
+    "sm80": SOFTMAX,
+    "gfx90a": SOFTMAX,
+    "gfx942": SOFTMAX,
+    "gfx11": SMALL_TILES,
+    "gfx12": SMALL_TILES,
+    "simt": {"4x1": (32, 16), "4x2": (32, 16), "4x4": (16,), "8x1": (32, 16)},
+}
 SPACE = {
     **{
         ("favor", "cpu"): FAVOR,

@@ -205,7 +205,7 @@ def test_variants_of_a_gpu() -> None:
         (FAVOR.name, "simt_c64_r4x1_s64", "bytes of shared memory, at most 65536"),
         ("favor_cosh_f32_d64_m512", "simt_c8_r2x1_s64", "128 threads with 256 floats of the state each"),
         ("hybrid_cosh_f32_d64_m128_b64", "simt_c16_r4x1", "cuda has favor, linear, exact, sparse (states of up to"),
-        (FAVOR.name, "avx2_c48_r6x2", "field 'target' = 'avx2': must be simt"),
+        (FAVOR.name, "avx2_c48_r6x2", "field 'target' = 'avx2': must be sm80 or simt"),
     ],
 )
 def test_wrong_variants_of_a_gpu(
