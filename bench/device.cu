@@ -23,8 +23,9 @@ enum { GUARD = 1024, FILL = 0xa5, MOST = 512 };
 typedef struct mirror {
     const unsigned char *host;
     unsigned char *base, *data; /* on the device: guard, mirror, guard */
-    size_t bytes;
-    int used; /* since the last fetch */
+    size_t bytes, room;         /* room: with the guards */
+    size_t begin, end;          /* what a call may touch of it: all but of scratch */
+    int used, is_scratch;       /* since the last fetch */
 } mirror;
 
 static mirror mirrors[MOST];
@@ -86,9 +87,10 @@ void device_mirror(const void *at, size_t bytes)
     memset(m, 0, sizeof *m);
     m->host = (const unsigned char *)at;
     m->bytes = bytes;
-    must(GPU(Malloc)((void **)&m->base, bytes + off + 2 * GUARD), "out of memory");
+    m->room = bytes + off + 2 * GUARD;
+    must(GPU(Malloc)((void **)&m->base, m->room), "out of memory");
     m->data = m->base + GUARD + off;
-    must(GPU(MemsetAsync)(m->base, FILL, bytes + off + 2 * GUARD, stream()), "cannot fill memory");
+    must(GPU(MemsetAsync)(m->base, FILL, m->room, stream()), "cannot fill memory");
 }
 
 void device_forget(const void *at)
@@ -101,19 +103,44 @@ void device_forget(const void *at)
         }
 }
 
-void *device_address(const void *p)
+/* The mirror of announced memory, or NULL. */
+static mirror *find(const void *p)
 {
     const unsigned char *at = (const unsigned char *)p;
     for (int i = 0; i < count; i++) {
         mirror *m = &mirrors[i];
-        if (at < m->host || at > m->host + m->bytes || (at == m->host + m->bytes && m->bytes))
-            continue;
-        if (!m->used)
-            GPU(MemcpyAsync)(m->data, m->host, m->bytes, GPU(MemcpyHostToDevice), stream()); /* device_fetch tells */
-        m->used = 1;
-        return m->data + (at - m->host);
+        if (at >= m->host && (at < m->host + m->bytes || (at == m->host && !m->bytes)))
+            return m;
     }
-    return (void *)(uintptr_t)p;
+    return NULL;
+}
+
+/* What fails here, device_fetch tells. */
+void *device_address(const void *p)
+{
+    mirror *m = find(p);
+    if (!m)
+        return (void *)(uintptr_t)p;
+    if (!m->used)
+        GPU(MemcpyAsync)(m->data, m->host, m->bytes, GPU(MemcpyHostToDevice), stream());
+    m->used = 1;
+    m->is_scratch = 0;
+    m->begin = 0;
+    m->end = m->bytes;
+    return m->data + ((const unsigned char *)p - m->host);
+}
+
+void *device_scratch(void *p, size_t bytes)
+{
+    mirror *m = find(p);
+    if (!m)
+        return p;
+    m->used = m->is_scratch = 1;
+    m->begin = (size_t)((unsigned char *)p - m->host);
+    m->end = m->begin + bytes;
+    GPU(MemsetAsync)(m->base, FILL, m->room, stream());
+    GPU(MemsetAsync)(m->data + m->begin, 0xff, bytes, stream());
+    return m->data + m->begin;
 }
 
 nf_args device_args(const nf_args *args)
@@ -163,9 +190,9 @@ const char *device_fetch(void)
         trouble = GPU(GetErrorString)(status);
     for (int i = 0; i < count && !trouble; i++) {
         const mirror *m = &mirrors[i];
-        if (m->used && (!intact(m->data - GUARD) || !intact(m->data + m->bytes)))
-            trouble = "wrote beside its memory";
-        else if (m->used)
+        if (m->used && (!intact(m->data + m->begin - GUARD) || !intact(m->data + m->end)))
+            trouble = m->is_scratch ? "wrote beside its workspace" : "wrote beside its memory";
+        else if (m->used && !m->is_scratch)
             GPU(MemcpyAsync)((void *)(uintptr_t)m->host, m->data, m->bytes, GPU(MemcpyDeviceToHost), stream());
     }
     for (int i = 0; i < count; i++)

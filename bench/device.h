@@ -30,6 +30,9 @@ void device_forget(const void *at);
 /* The address in the mirror, which has now what the host has. NULL stays NULL. */
 void *device_address(const void *p);
 
+/* The same for a workspace within announced memory: filled with NaN instead, and never brought back. */
+void *device_scratch(void *p, size_t bytes);
+
 /* The arguments with all addresses, and with a stream; valid until the next call. */
 nf_args device_args(const nf_args *args);
 
@@ -61,6 +64,12 @@ static inline void *device_address(void *p)
     return p;
 }
 
+static inline void *device_scratch(void *p, size_t bytes)
+{
+    (void)bytes;
+    return p;
+}
+
 static inline nf_args device_args(const nf_args *args)
 {
     return *args;
@@ -78,7 +87,7 @@ NF_UNUSED static nf_status device_call(device_attend attend, const nf_args *args
                                        const char **trouble)
 {
     const nf_args there = device_args(args);
-    const nf_status status = attend(&there, device_address(workspace), bytes);
+    const nf_status status = attend(&there, device_scratch(workspace, bytes), bytes);
     *trouble = device_fetch();
     return status;
 }

@@ -30,6 +30,7 @@ enum {
     MAX_CANDIDATES = 64,
     MAX_SAMPLES = 64,
     MAX_LENGTHS = 8,
+    MAX_SETS = 40,     /* of buffers */
     MIN_SAMPLES = 15,  /* of a candidate that stays in the race */
     TRIAL_SAMPLES = 5, /* before a slow one is dropped */
     FINALISTS = 3,     /* beside the default */
@@ -81,7 +82,8 @@ static load load_new(const kernel *k, int64_t tokens, const void *projection, lo
     const int64_t rows = opt.batch * tokens * opt.heads;
     const double bytes = 2.0 * (double)(rows * (k->d + k->v)) * (double)kernel_element(k),
                  cache = 2.0 * (double)(l2 > 0 ? l2 : 2097152);
-    load l = {tokens, opt.warm || bytes > 8 * cache ? 1 : 1 + (int)(cache / bytes + 1), NULL, NULL};
+    const double sets = opt.warm || bytes > 8 * cache ? 1 : fmin(MAX_SETS, 2 + cache / bytes);
+    load l = {tokens, (int)sets, NULL, NULL};
     l.args = (nf_args *)calloc((size_t)l.sets, sizeof *l.args);
     l.data = (arrays *)calloc((size_t)l.sets, sizeof *l.data);
     if (!l.args || !l.data)
@@ -158,7 +160,7 @@ static void runner_prepare(runner *r)
     if (!r->args)
         fail("out of memory");
     device_mirror(workspace, r->bytes);
-    r->workspace = device_address(workspace);
+    r->workspace = device_scratch(workspace, r->bytes);
     if (k->m)
         device_mirror(r->load->args->projection, k->projection_bytes());
     for (int i = 0; i < r->load->sets; i++) {

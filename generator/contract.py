@@ -53,8 +53,8 @@ V = Number("v", "value dim, if not the head dim", WIDE.rule, WIDE.values, option
 M = Number(
     "m",
     "features (cosh: both signs; trig: sine and cosine)",
-    "8, or a multiple of 16 up to 2048",
-    (8, *range(16, 2049, 16)),
+    "8, or a multiple of 16 up to 1024",
+    (8, *range(16, 1025, 16)),
 )
 
 B = Number("b", "block of tokens", "a multiple of 16 from 16 to 512", tuple(range(16, 513, 16)))
@@ -69,7 +69,7 @@ OPERATORS = {
     "linear": Operator("linear attention: a map without randomness, or ready features", LINEAR_MAPS, DTYPES, (WIDE, V)),
     "exact": Operator("softmax attention, the exact baseline", (), DTYPES, (WIDE,), F32),
     "sparse": Operator("softmax attention over a pattern: window, globals, blocks", (), DTYPES, (WIDE, B), F32),
-    "hybrid": Operator("exact near by, random features far away, one sum", ("cosh", "exp"), F32, (D, M, B)),
+    "hybrid": Operator("exact near by, random features far away, one sum", ("cosh", "exp"), DTYPES, (D, M, B), F32),
 }
 
 

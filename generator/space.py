@@ -35,7 +35,7 @@ class Target:
 
 MATRIX_KERNELS = (("bf16", "f16"), ("favor", "exact", "sparse"), True, True)  # what its matrix units have
 SOFTMAX_KERNELS = (("bf16", "f16"), ("exact", "sparse"), True, True)
-GPU_KERNELS = (DTYPES, ("favor", "linear", "exact", "sparse"), True, True)  # what a GPU has kernels for
+GPU_KERNELS = (DTYPES, ("favor", "linear", "exact", "sparse", "hybrid"), True, True)  # what a GPU has kernels for
 # Best first: the order of a header's variants and of the choice at run time.
 TARGETS = {
     "cpu": (
@@ -128,8 +128,7 @@ GPU = {
 }
 # On matrix units a warp has 16 tokens of a chunk: the most warps, so the fewest registers for the state, first.
 MATRIX_FLOATS = {"sm80": 160, "gfx90a": 192, "gfx942": 192}
-MATRIX = {"1x1": (64, 48, 32, 16), "3x4": (64, 48, 32), "1x2": (64, 48, 32)}
-MATRIX_AMD = {**MATRIX, "3x4": (48, 32)}
+MATRIX = {"1x1": (64, 48, 32, 16), "3x4": (32, 16), "1x2": (64, 48, 32, 16)}
 # Softmax on matrix units: a warp has 16 rows of a block.
 SMALL_TILES: dict[str, tuple[int, ...]] = {"1x2": (64, 32)}
 SOFTMAX: dict[str, tuple[int, ...]] = {"1x4": (64, 128, 32), **SMALL_TILES}
@@ -150,8 +149,8 @@ SPACE = {
         ("hybrid", "cpu"): HYBRID,
     },
     ("favor", "cuda"): {"sm80": MATRIX} | GPU,
-    ("favor", "hip"): {"gfx90a": MATRIX_AMD, "gfx942": MATRIX_AMD} | GPU,
-    **{("linear", backend): GPU for backend in ("cuda", "hip")},
+    ("favor", "hip"): {"gfx90a": MATRIX, "gfx942": MATRIX} | GPU,
+    **{(operator, backend): GPU for operator in ("linear", "hybrid") for backend in ("cuda", "hip")},
     **{(operator, backend): GPU_EXACT for operator in ("exact", "sparse") for backend in ("cuda", "hip")},
 }
 SEGMENT = 1024  # tokens of a segment, where an operator has a state
@@ -197,11 +196,11 @@ def misfit(contract: Contract, variant: Variant, target: Target) -> str | None:
     if (variant.s > 0) != (m > 0):
         return f"it must{'' if m else ' not'} end in _s<tokens>, the segments of operators with a state"
     threads = d // variant.x * r
-    floats, what = (variant.x * m // r, "the state") if m else (variant.x * c, "the outputs")
-    if m:
-        shared = 4 * (2 * c * (m + 4) + d * (c + 4) + c * d + c * (c + 1) + 3 * m + 6 * c) + 420
-    else:
-        shared = 4 * (d * (3 * c + 5) + c * (c + 14)) + 600
+    far, near = m > 0, contract.operator in ("exact", "sparse", "hybrid")
+    floats = variant.x * (far * m // r + near * c)
+    what = " and ".join(far * ["the state"] + near * ["the outputs"])
+    shared = far * (4 * (2 * c * (m + 4) + d * (c + 4) + c * d + c * (c + 1) + 3 * m + 6 * c) + 420)
+    shared += near * (4 * (d * (3 * c + 5) + c * (c + 14)) + 600)
     if d % variant.x or threads % 32 or threads > 512:
         return f"d / x * r = {threads} threads of a block must be a multiple of 32 up to 512"
     if floats > 128 or threads * (floats + 100) > 65536:
@@ -212,13 +211,13 @@ def misfit(contract: Contract, variant: Variant, target: Target) -> str | None:
 def misfit_matrix(contract: Contract, variant: Variant, target: Target) -> str | None:
     """The same on matrix units: a warp holds 16 rows of w or a few times so many, their features and sums."""
     c, d, m, rows = variant.c, contract.d, contract.m, contract.rows
-    if d % 16 or rows % c:
-        return f"d = {d} must be a multiple of 16, and the {rows} rows of w one of c = {c}"
+    if d % 16 or rows % c or c > 64 or m > 128:
+        return f"d = {d} must be a multiple of 16, the {rows} rows of w of c = {c}, at most 64, m = {m} at most 128"
     if not variant.s:
         return "it must end in _s<tokens>, the segments of operators with a state"
     halves, threads, most = 1 if contract.dtype == "bf16" else 2, c // 16 * target.lanes, MATRIX_FLOATS[target.name]
-    if c > 64 or variant.x > m // c:
-        return f"c must be at most 64, and x at most the {m // c} tiles of a warp"
+    if variant.x > m // c:
+        return f"x must be at most the {m // c} tiles of features of a warp"
     floats = m * d // threads + max(rows * 16, halves * m * 8) // target.lanes + d * 16 // target.lanes
     if floats > most:
         return f"a thread takes {floats} registers for the state, features and outputs, at most {most} fit"

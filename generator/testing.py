@@ -19,7 +19,7 @@ from typing import Any
 
 from . import UsageError, build
 from .build import BuildError
-from .contract import BACKENDS, OPERATORS, Contract, parse
+from .contract import BACKENDS, OPERATORS, Contract, allowed, parse
 from .render import ROOT, Recipe, check_backend, check_offered, render
 from .space import default, space
 
@@ -144,36 +144,48 @@ def sum_up(log: Path) -> int:
 
 # ---- on a GPU ------------------------------------------------------------------------------------------------------
 
-TOPICS = ("accuracy", "bits", "state")  # the files tests/test_<topic>.c that run on every backend
+TOPICS = ("accuracy", "bits", "state", "pattern", "linear", "twins")  # the files tests/test_<topic>.c for any backend
 SHAPES = ({"d": 64, "m": 128, "b": 64}, {"d": 48, "m": 96, "b": 48}, {"d": 8, "m": 8, "b": 16})
-LISTS = ("FAVORS", "CAUSAL_LINEARS", "FULL_LINEARS", "EXACTS", "SPARSES", "HYBRIDS")  # see meson.build
-SEGMENT = 32  # short segments beside the shipped ones: then short sequences have several
 INCLUDE = ("-I.", *(f"-I{ROOT / folder}" for folder in ("bench", "tests", "include", "include/nearfar", ".")))
 SECONDS = 240  # for one topic and contract
+# The lists of contracts that the test files know, as meson.build has them.
+LISTS = ("FAVORS", "CAUSAL_LINEARS", "FULL_LINEARS", "OTHER_LINEARS", "EXACTS", "SPARSES", "HYBRIDS", "TWINS")
 
 
 def on_device(backend: str) -> list[Contract]:
-    """What is tested: every operator and map that the backend has, in some sizes."""
+    """What is tested: every operator, map and dtype that the backend has, in some sizes."""
     found = []
     for name, operator in OPERATORS.items():
-        for map_, shape in product(operator.maps or ("",), SHAPES):
+        for map_, dtype, shape in product(operator.maps or ("",), operator.dtypes, SHAPES):
             numbers = {n.letter: shape[n.letter] for n in operator.numbers if not n.optional}
-            contract = Contract(name, map_, "f32", **numbers)
-            if space(contract, backend):
+            contract = Contract(name, map_, dtype, **numbers)
+            if allowed(map_, contract.d) and space(contract, backend):
                 found.append(contract)
     return found
 
 
 def list_of(contract: Contract) -> str:
+    """The list that a contract belongs to; those of 16 bits have a twin in f32, but for linear ones."""
+    if contract.operator == "linear" and contract.dtype != "f32":
+        return "OTHER_LINEARS"
     if contract.operator == "linear":
         return "FULL_LINEARS" if contract.map == "softmaxqk" else "CAUSAL_LINEARS"
-    return f"{contract.operator.upper()}S"
+    return f"{contract.operator.upper()}S" if contract.dtype == "f32" else "TWINS"
+
+
+def twin(contract: Contract) -> Contract:
+    return replace(contract, dtype="f32") if list_of(contract) == "TWINS" else contract
+
+
+def entry(contract: Contract) -> str:
+    """Its place in the list."""
+    return f" X({', '.join(c.name for c in dict.fromkeys((contract, twin(contract))))}, y)"
 
 
 def device_recipe(contract: Contract, backend: str) -> Recipe:
-    """The shipped variants, and those with short segments."""
+    """The shipped variants, and the same with segments of two chunks, so that short sequences have several."""
     shipped = default(contract, backend)
-    return Recipe(contract, backend, (*shipped, *(replace(v, s=SEGMENT) for v in shipped if v.s)))
+    return Recipe(contract, backend, (*shipped, *(replace(v, s=2 * v.c) for v in shipped if v.s)))
 
 
 def test_device(names: list[str], backend: str) -> int:
@@ -186,15 +198,15 @@ def test_device(names: list[str], backend: str) -> int:
     except BuildError as error:
         print(f"nearfar: {error}", file=sys.stderr)
         return 1
-    runs = list(product(topics, contracts))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        failed = sum(pool.map(lambda job: run_device(folder, *job), runs))
-    print(f"{len(runs) - failed} passed, {failed} failed, 0 skipped")
-    return 1 if failed else 0
+        codes = list(pool.map(lambda job: run_device(folder, *job), product(topics, contracts)))
+    failed = sum(map(bool, codes))
+    print(f"{codes.count(0)} passed, {failed} failed, 0 skipped")
+    return 1 if failed or not codes.count(0) else 0
 
 
-def run_device(folder: Path, topic: str, contract: Contract) -> int:
-    """Run one topic of one contract; 1 and its output where it fails."""
+def run_device(folder: Path, topic: str, contract: Contract) -> int | None:
+    """Run one topic of one contract: the exit code, with the output if it fails; None where it has no such tests."""
     command = [str(folder / f"test_{topic}"), f"::{contract.name}"]
     try:
         done = subprocess.run(
@@ -203,10 +215,12 @@ def run_device(folder: Path, topic: str, contract: Contract) -> int:
         told, code = done.stdout, done.returncode
     except subprocess.TimeoutExpired:
         told, code = f"no end after {SECONDS} s", 1
+    if code == 0 and not told:
+        return None
     print(f"{topic} {contract.name}: {'ok' if code == 0 else 'failed'}", flush=True)
     if code:
         print("\n".join(told.splitlines()[-20:]), flush=True)
-    return int(code != 0)
+    return code
 
 
 def compile_tests(topics: list[str], contracts: list[Contract], backend: str) -> Path:
@@ -214,21 +228,21 @@ def compile_tests(topics: list[str], contracts: list[Contract], backend: str) ->
     cc, ending = build.compiler(backend), build.TOOLKITS[backend].ending
     folder = ROOT / "build" / f"test_{backend}"
     files, commands, objects = {}, [], ["device.o"]
-    strict = ("-std=c99", "-D_POSIX_C_SOURCE=200112L", "-DDEVICE", "-DNF_ON_GPU", "-DNO_CRITERION", *INCLUDE)
-    for contract in contracts:
+    strict = ("-std=c99", "-D_POSIX_C_SOURCE=200112L", "-DSIMT", "-DDEVICE", "-DNF_ON_GPU", "-DNO_CRITERION", *INCLUDE)
+    for contract in dict.fromkeys((*contracts, *map(twin, contracts))):
         recipe = device_recipe(contract, backend)
         files[recipe.file_name] = render(recipe)
         files[f"{recipe.kernel}.{ending}"] = f'#define NEARFAR_IMPLEMENTATION\n#include "{recipe.file_name}"\n'
         files[f"kernel_{contract.name}.c"] = '#include "kernel.c"\n'
         flags = [f"-DCONTRACT={contract.name}", f"-DBACKEND={backend}", "-DNO_BACKWARD"]
         flags += ["-DFEATURES"] if contract.m else []
-        flags += ["-DNO_STATE"] if contract.operator == "exact" else []
+        flags += [] if f"{recipe.kernel}_state_bytes(" in files[recipe.file_name] else ["-DNO_STATE"]
         commands.append(build.object_command(cc, f"{recipe.kernel}.{ending}"))
         commands.append(build.object_command(cc, f"kernel_{contract.name}.c", *strict, *flags))
         objects += [f"{recipe.kernel}.o", f"kernel_{contract.name}.o"]
     files[f"device.{ending}"] = '#include "bench/device.cu"\n'
     commands.append(build.object_command(cc, f"device.{ending}", *INCLUDE))
-    lists = [f"-D{name}(X,y)=" + "".join(f" X({c.name}, y)" for c in contracts if list_of(c) == name) for name in LISTS]
+    lists = [f"-D{name}(X,y)={''.join(entry(c) for c in contracts if list_of(c) == name)}" for name in LISTS]
     for topic in topics:
         files[f"test_{topic}.c"] = f'#include "tests/test_{topic}.c"\n'
         commands.append(build.object_command(cc, f"test_{topic}.c", *strict, *lists))

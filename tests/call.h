@@ -6,12 +6,12 @@
 #include "kernels.h"
 #include "oracle.h"
 
-#if defined(SIMT) /* the executor must know what kernels may touch */
-#include "simt/simt.h"
-#elif defined(DEVICE) /* and a GPU needs a copy of it */
+#if defined(DEVICE) /* a GPU needs a copy of what its kernels may touch */
 #include "device.h"
 #define simt_memory(at, bytes) device_mirror(at, bytes)
 #define simt_forget(at) device_forget(at)
+#elif defined(SIMT) /* and the executor must know it */
+#include "simt/simt.h"
 #else
 #define simt_memory(at, bytes) ((void)0)
 #define simt_forget(at) ((void)0)

@@ -98,6 +98,7 @@ def test_faults_on_a_device_are_told_apart(tmp_path: Path) -> None:
     assert (record["winner"], record["ref"]) == ("fast", "plain")
     why = {t["n"]: t.get("why", "") for t in record["tried"]}
     assert "beside its memory" in why["stray"] and "outside out" in why["overflow"]
+    assert "beside its workspace" in why["workspace"]
 
 
 def test_the_record_of_a_device(tmp_path: Path) -> None:
@@ -117,7 +118,7 @@ def test_a_pack_for_a_gpu_tunes_without_python(tmp_path: Path) -> None:
     line = build.one_line("tune", "cuda")
     assert line == "nvcc -O2 -arch=native *.c *.cu -o tune -lm" and line in (folder / "README").read_text()
     run("sh", "-c", line.replace("nvcc", str(NVCC)), cwd=folder)
-    run("./tune", "--json", "r.jsonl", "--budget", "4", "--tokens", "64", "--heads", "2", cwd=folder)
+    run("./tune", "--json", "r.jsonl", "--budget", "2", "--tokens", "32", "--heads", "1", cwd=folder)
     record = json.loads((folder / "r.jsonl").read_text())
     assert {t["n"] for t in record["tried"]} == {v.suffix for v in space(parse(SMALL), "cuda")}
     assert {t["st"] for t in record["tried"]} <= {"ok", "slow"}
@@ -130,6 +131,16 @@ def test_a_pack_for_a_gpu_tunes_without_python(tmp_path: Path) -> None:
     assert f"--variants {last['n']}@" in header and last["n"] != default(parse(SMALL), "cuda")[0].suffix
     other = nearfar("generate", SMALL, "--tuned", str(folder / "r.jsonl"), "-o", str(tmp_path))
     assert "no record of" in other.stderr
+
+
+def test_an_engine_in_c_attends(tmp_path: Path) -> None:
+    """examples/cuda/engine.c, on the executor."""
+    contract = "favor_cosh_f32_d64_m128"
+    assert nearfar("generate", contract, "--backend", "cuda", "-o", str(tmp_path)).returncode == 0
+    files = [str(ROOT / "examples" / "cuda" / name) for name in ("engine.c", "attention.cu")]
+    include = [f"-I{tmp_path}", f"-I{ROOT / 'tests' / 'simt' / 'cuda'}"]
+    run(NVCC, "-O1", "-arch=native", *include, *files, "-o", "engine", cwd=tmp_path)
+    assert run("./engine", cwd=tmp_path) == "ok; the mean of equal values is 3.0000\n"
 
 
 # ---- tests and bench -----------------------------------------------------------------------------------------------
@@ -190,7 +201,7 @@ def fake_torch(folder: Path) -> str:
 
 
 def test_tune_for_a_gpu(executor: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["tune", SMALL, "--backend", "cuda", "--tokens", "64", "--budget", "3"]) == 0
+    assert main(["tune", SMALL, "--backend", "cuda", "--tokens", "8", "--budget", "2"]) == 0
     record = json.loads((executor / "records.jsonl").read_text())
     assert record["contract"] == SMALL and record["device"]["name"] == "the executor, not a GPU"
     assert f"{record['winner']}" in (executor / f"nf_{SMALL}_cuda.h").read_text()

@@ -65,7 +65,7 @@ def run(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 def test_every_name_parses_back() -> None:
     every = list(contracts())
-    assert len({c.name for c in every}) == len(every) == 32 * 129 * (4 * 3 + 2 * 32) + 64 * (4 * 3 + 3 + 3 * 32) + 4 * 3
+    assert len({c.name for c in every}) == len(every) == 32 * 65 * (4 * 3 + 2 * 32) + 64 * (4 * 3 + 3 + 3 * 32) + 4 * 3
     assert len({c.hash for c in every}) == len(every)
     for contract in every:
         assert parse(contract.name) == contract
@@ -89,8 +89,8 @@ def test_odd_combinations_and_derived_values() -> None:
         ("favor_cosh_f32_d0_m128", "field 'd' = 0: must be a multiple of 8 from 8 to 256"),
         ("favor_cosh_f32_d264_m128", "field 'd' = 264: must be a multiple of 8 from 8 to 256"),
         ("exact_f32_d-8", "field 'd' = -8: must be a multiple of 8 from 8 to 512"),
-        ("favor_exp_f32_d64_m24", "field 'm' = 24: must be 8, or a multiple of 16 up to 2048"),
-        ("favor_exp_f32_d64_m2064", "field 'm' = 2064: must be"),
+        ("favor_exp_f32_d64_m24", "field 'm' = 24: must be 8, or a multiple of 16 up to 1024"),
+        ("favor_exp_f32_d64_m1040", "field 'm' = 1040: must be"),
         ("favor_exp_f32_d064_m128", "field 'd' = '064': must be a multiple of 8 from 8 to 256, in plain digits"),
         ("exact_f32_d" + "9" * 5000, "field 'd' = '9999"),
         ("exact_f32_d\u0666\u0664", "field 'd' = '\\u0666\\u0664': must be"),
@@ -180,7 +180,8 @@ def test_variants_of_a_gpu() -> None:
         ("favor_cosh_f32_d256_m1024", 0),
         ("linear_taylor2_bf16_d32", 1),
         ("linear_elu_f32_d256", 0),
-        ("hybrid_cosh_f32_d64_m128_b64", 0),
+        ("hybrid_cosh_f32_d64_m128_b64", 1),
+        ("hybrid_cosh_f32_d128_m512_b64", 0),
     ):
         assert len(default(parse(name), "cuda")) == there
     assert {v.s for v in space.space(FAVOR, "cuda")} == {space.SEGMENT}
@@ -204,8 +205,17 @@ def test_variants_of_a_gpu() -> None:
         (FAVOR.name, "simt_c8_r16x1_s64", "1024 threads of a block must be a multiple of 32 up to 512"),
         (FAVOR.name, "simt_c64_r4x1_s64", "bytes of shared memory, at most 65536"),
         ("favor_cosh_f32_d64_m512", "simt_c8_r2x1_s64", "128 threads with 256 floats of the state each"),
-        ("hybrid_cosh_f32_d64_m128_b64", "simt_c16_r4x1", "cuda has favor, linear, exact, sparse (states of up to"),
+        ("favor_trig_f32_d64_m128", "simt_c16_r4x1", "cuda has favor, linear,"),
         (FAVOR.name, "avx2_c48_r6x2", "field 'target' = 'avx2': must be sm80 or simt"),
+        (FAVOR.name, "sm80_c64_r1x1_s64", "sm80 runs favor or exact or sparse in bf16 or f16, not favor_cosh_f32"),
+        ("favor_cosh_bf16_d64_m128", "sm80_c80_r1x1_s64", "rows of w of c = 80, at most 64"),
+        ("favor_cosh_bf16_d64_m128", "sm80_c64_r2x1_s64", "r at most x"),
+        ("favor_cosh_bf16_d64_m128", "sm80_c64_r1x1", "it must end in _s<tokens>"),
+        ("favor_cosh_bf16_d64_m128", "sm80_c48_r1x1_s64", "the 64 rows of w of c = 48"),
+        ("favor_cosh_bf16_d40_m128", "sm80_c64_r1x1_s64", "d = 40 must be a multiple of 16"),
+        ("favor_cosh_bf16_d64_m128", "sm80_c64_r3x4_s64", "x must be at most the 2 tiles"),
+        ("favor_cosh_bf16_d64_m256", "sm80_c64_r1x1_s64", "m = 256 at most 128"),
+        ("favor_cosh_bf16_d128_m128", "sm80_c64_r1x1_s64", "takes 224 registers for the state, features and outputs"),
     ],
 )
 def test_wrong_variants_of_a_gpu(

@@ -23,7 +23,9 @@ CONTRACTS = (
     "exact_bf16_d64",
     "exact_f16_d128",
     "sparse_bf16_d64_b64",
+    "hybrid_cosh_f32_d64_m128_b64",
 )
+MATRIX = "favor_cosh_bf16_d64_m128"  # has variants on matrix units
 NVIDIA = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx90a", "gfx942", "gfx1100", "gfx1201", "gfx1030")  # the last has no target of its own: simt
 
@@ -68,6 +70,7 @@ def test_kernels_are_clean_c(language: str, compiler: str, folder: Path) -> None
         "linear_taylor2_bf16_d16_hip",
         "linear_softmaxqk_f16_d64_cuda",
         "sparse_f32_d64_b64_cuda",
+        "hybrid_cosh_f32_d64_m128_b64_hip",
     ):
         source = folder / f"{name}.c"
         run(
@@ -96,36 +99,37 @@ def nvcc() -> str:
     return path
 
 
-def known(arch: str) -> bool:
-    return arch.replace("sm_", "compute_") in run(nvcc(), "--list-gpu-arch").split()
+def codes() -> list[str]:
+    """nvcc's options for every GPU that it knows. From sm_80 on the code is one: compiled once, assembled for each."""
+    known = [arch for arch in NVIDIA if arch.replace("sm_", "compute_") in run(nvcc(), "--list-gpu-arch").split()]
+    assert {"sm_80", "sm_90"} <= set(known)
+    newer = ",".join(arch for arch in known if arch != "sm_75")
+    older = ["-gencode=arch=compute_75,code=sm_75"] if "sm_75" in known else []
+    return [*older, f"-gencode=arch=compute_80,code=[{newer}]"]
 
 
-def resources(log: str) -> list[tuple[str, int, int, int]]:
-    """(kernel, registers, bytes spilled, bytes of stack) of everything that ptxas tells."""
+def resources(log: str) -> list[tuple[str, str, int, int, int]]:
+    """(architecture, kernel, registers, bytes spilled, bytes of stack) of everything that ptxas tells."""
     rows = []
     for part in log.split("Compiling entry function '")[1:]:
+        kernel, arch = re.findall(r"^([^']*)' for '([^']*)'", part)[0]
         stack, stores, loads = map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", part)[:3])
         registers = re.search(r"Used (\d+) registers", part)
-        rows.append((part.split("'")[0], int(registers[1]) if registers else 0, stores + loads, stack))
+        rows.append((arch, kernel, int(registers[1]) if registers else 0, stores + loads, stack))
     return rows
 
 
-@pytest.mark.parametrize("arch", NVIDIA)
-def test_nvidia(arch: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("contract", CONTRACTS)
+def test_nvidia(contract: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Compiles without a warning, and no kernel spills a register. (-s shows the table.)"""
-    if not known(arch):
-        pytest.skip(f"this nvcc does not know {arch}")
-    flags = ["-arch", arch, "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror", "-Xptxas", "-v"]
-    found = []
-    for contract in CONTRACTS:
-        log = run(nvcc(), *flags, "-c", folder / f"{contract}.cu", "-o", folder / "out.o")
-        found += [(contract, *row) for row in resources(log)]
-    assert len(found) > len(CONTRACTS)
+    flags = [*codes(), "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror", "-Xptxas", "-v"]
+    found = resources(run(nvcc(), *flags, "-c", folder / f"{contract}.cu", "-o", folder / "out.o"))
+    assert {row[0] for row in found} >= {"sm_80", "sm_90"}
     with capsys.disabled():
-        for contract, kernel, registers, spilled, stack in found:
-            if "simt" in kernel or spilled:
-                print(f"{arch} {contract} {registers} registers, {spilled} bytes spilled, {stack} bytes of stack")
-    assert [row for row in found if row[3]] == [], "spills"
+        for arch, kernel, registers, spilled, stack in found:
+            if "_kernel" in kernel or spilled:
+                print(f"{arch} {kernel}: {registers} registers, {spilled} bytes spilled, {stack} bytes of stack")
+    assert [row for row in found if row[4]] == [], "spills"
 
 
 @pytest.mark.parametrize("flags", ["-std=c++11", "-std=c++20 -rdc=true --use_fast_math"])
@@ -154,6 +158,34 @@ def test_an_engine_in_c_links_a_cuda_header(folder: Path) -> None:
     run("gcc", "-std=c99", *STRICT_C, "-c", folder / "engine.c", "-o", folder / "engine.o")
     run(nvcc(), folder / "engine.o", folder / "kernel.o", "-o", folder / "engine")
     run(folder / "engine")
+
+
+BENCH = [f"-I{ROOT / folder}" for folder in ("bench", "include/nearfar")]
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
+@pytest.mark.parametrize("name", ["device", "products"])
+def test_the_bench_compiles(name: str, arch: str, tmp_path: Path) -> None:
+    flags = ["-arch", arch, "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror", "-Xptxas", "-v"]
+    log = run(nvcc(), *flags, *BENCH, "-c", ROOT / "bench" / f"{name}.cu", "-o", tmp_path / "out.o")
+    assert [row for row in resources(log) if row[2] or row[3]] == [], "spills"
+
+
+@pytest.mark.parametrize("name", ["engine", "graph"])
+def test_examples_link(name: str, folder: Path) -> None:
+    """As their comments say, but for the arch of a GPU that is not here."""
+    source = ROOT / "examples" / "cuda" / f"{name}.c"
+    line = f"nvcc -O2 -arch=native {name}.c attention.cu -o {name}"
+    assert f" *         {line}\n" in source.read_text(encoding="utf-8")
+    run("gcc", "-std=c11", *STRICT_C, "-I", folder, "-isystem", cuda_include(), "-fsyntax-only", source)
+    attention = source.with_name("attention.cu")
+    run(nvcc(), "-O2", "-arch", "sm_80", "-I", folder, source, attention, "-o", folder / name)
+
+
+def cuda_include() -> Path:
+    """Where nvcc has its headers."""
+    log = run(nvcc(), "--dryrun", "-c", "none.cu")
+    return Path(re.findall(r'INCLUDES="-I(.+?)"', log)[0])
 
 
 AMD_FLAGS = "-x hip --cuda-device-only -nogpulib -nogpuinc -O3 -S -Wall -Wextra -Werror".split()
@@ -234,6 +266,29 @@ def test_products_of_fragments_are_single_instructions_on_amd(arch: str, instruc
     run(clang(), *flags, tmp_path / "probe.hip", "-o", tmp_path / "out.s")
     assembly = (tmp_path / "out.s").read_text(encoding="utf-8")
     assert len(re.findall(instruction, assembly)) == 2
+
+
+@pytest.mark.parametrize(
+    ("arch", "instruction"), [("gfx90a", "v_mfma"), ("gfx1100", "v_wmma"), ("gfx1030", "s_endpgm")]
+)
+def test_the_ceiling_of_matrix_units_on_amd(arch: str, instruction: str, tmp_path: Path) -> None:
+    """Six products in a row; nothing where there are no units."""
+    flags = [*AMD_FLAGS, f"--offload-arch={arch}", *BENCH, "-I", ROOT / "tests" / "simt"]
+    run(clang(), *flags, ROOT / "bench" / "products.cu", "-o", tmp_path / "out.s")
+    assert instruction in (tmp_path / "out.s").read_text(encoding="utf-8")
+
+
+def test_matrix_variants_are_empty_where_there_are_no_such_units(folder: Path) -> None:
+    """The same header on a GPU of the target and on another one: supported() then leaves the call to simt."""
+    for arch, there in (("sm_80", True), ("sm_75", False)):
+        run(nvcc(), "-arch", arch, "-ptx", folder / f"{MATRIX}.cu", "-o", folder / "ptx")
+        ptx = (folder / "ptx").read_text(encoding="utf-8")
+        for found in ("m16n8k16.row.col.f32.bf16", "ldmatrix.sync", "cp.async.cg", "ex2.approx.ftz", "cvt.rn.bf16x2"):
+            assert (found in ptx) == there, f"{found} for {arch}"
+    for arch, there in (("gfx942", True), ("gfx1030", False)):
+        flags = [*AMD_FLAGS, f"--offload-arch={arch}", "-I", ROOT / "tests" / "simt"]
+        run(clang(), *flags, folder / f"{MATRIX}.hip", "-o", folder / "out.s")
+        assert ("v_mfma_f32_16x16x16" in (folder / "out.s").read_text(encoding="utf-8")) == there, arch
 
 
 def test_hipcc(folder: Path) -> None:

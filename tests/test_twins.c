@@ -60,7 +60,13 @@ typedef struct scene {
     double norm;
     int64_t carried; /* tokens that go before through a state */
     float eps;
+    int projection;           /* SAMPLED, CALIBRATED, GIVEN */
+    const int32_t *cu_tokens; /* of `sequences` packed ones */
+    int64_t sequences;
 } scene;
+
+/* From a seed; fitted to the scene; a matrix that bf16 does not hold. */
+enum { SAMPLED, CALIBRATED, GIVEN };
 
 enum { SPARE = 3 }; /* elements between heads where strides are odd */
 
@@ -72,6 +78,7 @@ typedef struct stage {
     float *lse, *ref_lse;
     float *ref, *exact; /* [token][head][values]: the twin's, on rounded inputs and on others */
     void *projection, *twin_projection, *state, *twin_state, *workspace;
+    int32_t *borders;
     nf_pattern pattern; /* of operators over one */
     size_t bytes;
 } stage;
@@ -114,6 +121,26 @@ static nf_input strided(const stage *g, void *data, int64_t heads, int dim)
     return (nf_input){data, 0, heads * row, row};
 }
 
+/* The scene's projection, for the kernel or its twin. */
+static void stage_project(const stage *g, const kernel *k, void *projection)
+{
+    const int64_t dim = k->dim;
+    if (g->s.projection == GIVEN) {
+        float *w = (float *)malloc((size_t)(k->rows * dim) * sizeof(float));
+        oracle_random random = {3};
+        for (int r = 0; r < k->rows; r++)
+            oracle_vector(&random, w + r * dim, (int)dim, sqrt((double)dim));
+        CHECK(k->projection_from(projection, w, NF_KEEP_F32) == NF_OK, "from");
+        free(w);
+    } else {
+        nf_calibration c;
+        memset(&c, 0, sizeof c);
+        c.q = g->q, c.k = g->k, c.q_tokens = g->s.q_tokens, c.k_tokens = g->s.kv_tokens;
+        c.q_stride = g->s.heads * dim, c.k_stride = g->s.kv_heads * dim;
+        CHECK(k->projection_init(projection, 9, g->s.projection == CALIBRATED ? &c : NULL) == NF_OK, "init");
+    }
+}
+
 static stage stage_make(const pair *p, scene s)
 {
     stage g;
@@ -145,10 +172,14 @@ static stage stage_make(const pair *p, scene s)
     if (p->k.features) {
         g.projection = memory(p->k.projection_bytes());
         g.twin_projection = memory(p->twin.projection_bytes());
-        CHECK(p->k.projection_init(g.projection, 9, NULL) == NF_OK, "init");
-        CHECK(p->twin.projection_init(g.twin_projection, 9, NULL) == NF_OK, "init");
+        stage_project(&g, &p->k, g.projection);
+        stage_project(&g, &p->twin, g.twin_projection);
     }
     g.pattern = (nf_pattern){.window = p->k.block + 5, .globals = 3};
+    if (s.cu_tokens) {
+        g.borders = (int32_t *)memory((size_t)(s.sequences + 1) * sizeof(int32_t));
+        memcpy(g.borders, s.cu_tokens, (size_t)(s.sequences + 1) * sizeof(int32_t));
+    }
     g.bytes = a > b ? a : b;
     g.workspace = memory(g.bytes);
     return g;
@@ -171,7 +202,8 @@ static void stage_free(stage *g)
                    g->twin_projection,
                    g->state,
                    g->twin_state,
-                   g->workspace};
+                   g->workspace,
+                   g->borders};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         release(all[i]);
 }
@@ -185,6 +217,7 @@ static nf_args stage_args(const stage *g)
     a.heads = g->s.heads, a.kv_heads = g->s.kv_heads;
     a.q_tokens = g->s.q_tokens, a.kv_tokens = g->s.kv_tokens;
     a.mask = g->s.full;
+    a.cu_tokens = g->borders, a.sequences = g->s.sequences;
     a.eps = g->s.eps;
     a.q = strided(g, g->hq, a.heads, g->p->k.dim);
     a.k = strided(g, g->hk, a.kv_heads, g->p->k.dim);
@@ -329,6 +362,9 @@ static void compare(const pair *p, scene s, int decode)
         if (!is_matrix(&w)) {
             CHECK(different(&g) == 0, "%s: %d differ", w.name, (int)different(&g));
         } else {
+            for (int64_t i = 0; i < s.q_tokens * s.heads && !s.carried && !decode; i++)
+                CHECK(fabs((double)g.lse[i] - (double)g.ref_lse[i]) <= 1e-2 * fmax(1, fabs((double)g.ref_lse[i])),
+                      "%s: lse %d is %g, not %g", w.name, (int)i, (double)g.lse[i], (double)g.ref_lse[i]);
             run_twin(&g, &t, decode, 1);
             CHECK(distance(&g, 0) <= ROUNDINGS * distance(&g, 1), "%s: error %.2e, rounding the inputs costs %.2e",
                   w.name, distance(&g, 0), distance(&g, 1));
@@ -374,6 +410,69 @@ TEST_TWINS(kinds)
         compare(p,
                 (scene){.heads = 1, .q_tokens = 150, .kind = (oracle_kind)kind, .norm = kind == ORACLE_EARLY ? 8 : 20},
                 0);
+}
+
+TEST_TWINS(projections)
+{
+    for (int i = CALIBRATED; i <= GIVEN && (strstr(p->k.name, "favor_cosh_") || strstr(p->k.name, "favor_exp_")); i++) {
+        compare(p, (scene){.heads = 2, .kv_heads = 1, .q_tokens = 90, .norm = 3, .projection = i}, 0);
+        compare(p, (scene){.heads = 1, .q_tokens = 40, .kv_tokens = 70, .full = 1, .norm = 3, .projection = i}, 0);
+    }
+}
+
+/* Sequences behind one another, empty ones among them. */
+TEST_TWINS(packed)
+{
+    static const int32_t borders[] = {0, 0, 5, 5, 69, 70, 150};
+    for (int full = 0; full < 2; full++)
+        compare(p,
+                (scene){.heads = 4,
+                        .kv_heads = 2,
+                        .q_tokens = 150,
+                        .full = full,
+                        .norm = 3,
+                        .cu_tokens = borders,
+                        .sequences = 6},
+                0);
+}
+
+/* Neither a cut of the units into calls nor what follows a token changes a bit; NaN in a query stays in its row. */
+TEST_TWINS(bits)
+{
+    stage g = stage_make(p, (scene){.heads = 6, .kv_heads = 3, .q_tokens = 140, .norm = 12, .kind = ORACLE_MIXED});
+    const int64_t row = 6 * p->values;
+    const size_t bytes = (size_t)(140 * row * p->element);
+    char *kept = (char *)memory(bytes);
+    const nf_args a = stage_args(&g);
+    EACH_WAY(&p->k, w)
+    {
+        nf_args part = a;
+        run_kernel(&g, &w, 0);
+        memcpy(kept, g.out, bytes);
+        memset(g.out, 0xff, bytes);
+        for (part.split_begin = 2; part.split_begin >= 0; part.split_begin--) {
+            part.split_count = 1;
+            CHECK(w.forward(&part, g.workspace, g.bytes) == NF_OK, "%s", w.name);
+        }
+        CHECK(memcmp(kept, g.out, bytes) == 0, "%s: splits change bits", w.name);
+        for (int64_t n = 1; n < 140; n += 31) {
+            part = a;
+            part.q_tokens = part.kv_tokens = n;
+            CHECK(w.forward(&part, g.workspace, g.bytes) == NF_OK, "%s", w.name);
+            CHECK(memcmp(kept, g.out, (size_t)(n * row * p->element)) == 0, "%s: %d tokens", w.name, (int)n);
+        }
+        write_element(p, g.hq, (77 * 6 + 3) * p->k.dim, NAN);
+        run_kernel(&g, &w, 0);
+        for (int64_t i = 0; i < 140 * 6; i++) {
+            const size_t at = (size_t)(i * p->values * p->element), length = (size_t)(p->values * p->element);
+            CHECK(i == 77 * 6 + 3 ? isnan(read_element(p, g.out, i * p->values))
+                                  : memcmp(kept + at, (const char *)g.out + at, length) == 0,
+                  "%s: NaN in query 77 of head 3, row %d", w.name, (int)i);
+        }
+        write_element(p, g.hq, (77 * 6 + 3) * p->k.dim, g.q[(77 * 6 + 3) * p->k.dim]);
+    }
+    release(kept);
+    stage_free(&g);
 }
 
 /* Whatever comes behind a token (longer keys, values without end, NaN), its row and those before keep their bits; and

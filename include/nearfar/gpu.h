@@ -784,10 +784,13 @@ typedef struct nf_work {
     int64_t length; /* tokens of a segment */
     int64_t round;  /* rounds of segments so far */
     int64_t count;  /* segments of a round, for which there are slots; of operators without: blocks along y */
-    float *slots;   /* the workspace */
+    float *slots;   /* in the workspace */
+    int *verdict;   /* in the workspace: 0 where a block of the pattern's check found a fault; NULL: no check */
     void *dst;      /* of a merge, from a and b */
     const void *a, *b;
 } nf_work;
+
+enum { NF_CHECK_BLOCKS = 32 };
 
 typedef void (*nf_kernel)(nf_work work);
 
@@ -896,8 +899,8 @@ NF_DEVICE float nf_nan(void)
     return x;
 }
 
-/* The unit of this block; returns 0 if its projection, decay or state is not of this call. What the host could not look
- * at is looked at here: borders out of order make a sequence of no tokens. */
+/* The unit of this block; returns 0 if its projection, pattern, decay or state is not of this call. What the host could
+ * not look at is looked at here: borders out of order make a sequence of no tokens. */
 NF_DEVICE int nf_open(const nf_work *w, nf_unit *unit)
 {
     const nf_plan *p = &w->plan;
@@ -912,6 +915,9 @@ NF_DEVICE int nf_open(const nf_work *w, nf_unit *unit)
     }
     if (!nf_finite(unit->decay) || unit->decay > 0)
         return 0;
+    for (int i = 0; w->verdict && i < NF_CHECK_BLOCKS; i++)
+        if (!w->verdict[i])
+            return 0;
     projection = (const nf_projection_head *)unit->projection;
     if (projection && (projection->magic != NF_MAGIC_PROJECTION || projection->abi != NF_CORE_ABI ||
                        projection->contract != w->contract.hash))

@@ -7,7 +7,7 @@
 #ifndef NF_GPU_PATTERN_READY
 #define NF_GPU_PATTERN_READY
 
-enum { NF_CHECK_THREADS = 256, NF_CHECK_BLOCKS = 32, NF_CHECK_BYTES = 128 /* of their verdicts, in the workspace */ };
+enum { NF_CHECK_THREADS = 256, NF_CHECK_BYTES = 4 * NF_CHECK_BLOCKS /* of the verdicts, in the workspace */ };
 
 /* What a launch does: all rows, then once more those at global positions. */
 enum { NF_ROWS, NF_GLOBAL_ROWS };
@@ -39,7 +39,7 @@ NF_KERNEL(NF_CHECK_THREADS, 1) nf_check_numbers(nf_work w)
     const nf_args *const a = &w.plan.args;
     const int64_t first = nf_block_x() * NF_CHECK_THREADS + nf_thread(), step = NF_CHECK_THREADS * NF_CHECK_BLOCKS;
     const int64_t blocks = (a->kv_tokens + w.contract.block - 1) / w.contract.block;
-    int *const sound = (int *)nf_shared(), *const verdict = (int *)(void *)w.slots;
+    int *const sound = (int *)nf_shared();
     int good = 1;
     for (int64_t h = first; p->dilation && h < a->heads; h += step)
         good &= p->dilation[h] >= 1 && p->dilation[h] <= 1 << 20;
@@ -59,15 +59,16 @@ NF_KERNEL(NF_CHECK_THREADS, 1) nf_check_numbers(nf_work w)
         nf_smallest(sound, 0);
     nf_barrier();
     if (nf_thread() == 0)
-        verdict[nf_block_x()] = *sound;
+        w.verdict[nf_block_x()] = *sound;
 }
 
 /* Launch the check where there is something to check. */
-NF_UNUSED static nf_status nf_launch_check(const nf_work *w)
+NF_UNUSED static nf_status nf_launch_check(nf_work *w)
 {
-    return nf_pattern_numbers(&w->plan.pattern)
-               ? nf_launch(nf_check_numbers, w, NF_CHECK_BLOCKS, 1, NF_CHECK_THREADS, sizeof(int))
-               : NF_OK;
+    if (nf_pattern_numbers(&w->plan.pattern))
+        return nf_launch(nf_check_numbers, w, NF_CHECK_BLOCKS, 1, NF_CHECK_THREADS, sizeof(int));
+    w->verdict = NULL;
+    return NF_OK;
 }
 
 /* What rows see: parts, each a list of keys. NF_FULL has the first three twice: for the queries behind a key, and ahead

@@ -55,6 +55,22 @@ NF_DEVICE nf_far nf_far_state(const nf_unit *u, const nf_contract *c)
     return nf_far_of(u->state ? (float *)(void *)(u->state + 1) : NULL, c->features);
 }
 
+/* Of hybrid: up to which position keys are in the far field while the last of so many tokens attends. */
+NF_DEVICE int64_t nf_far_end(const nf_unit *u, int64_t tokens, int64_t block)
+{
+    const int64_t blocks = tokens > 0 ? (tokens - 1) / block : 0;
+    return blocks > u->window ? (blocks - u->window) * block : 0;
+}
+
+/* The number of a unit's last segment. Under the causal mask, and in hybrid, it is merged with none. */
+NF_DEVICE int64_t nf_last_segment(const nf_work *w, const nf_unit *u)
+{
+    const int64_t block = w->contract.block, end = u->past + u->kv_tokens;
+    if (block)
+        return (nf_far_end(u, end, block) - nf_far_end(u, u->past, block)) / w->length;
+    return (u->kv_tokens + w->length - 1) / w->length - (u->mask == NF_CAUSAL);
+}
+
 /* What a launch does: all of a unit, the state of a segment's keys, a segment against its slot, queries alone. */
 enum { NF_WHOLE, NF_KEYS, NF_SEGMENT, NF_QUERIES };
 
@@ -108,12 +124,12 @@ NF_KERNEL(NF_STATE_THREADS, 1) nf_carry(nf_work w)
     const int64_t m = c->features, width = c->dim + 1, stride = NF_STATE_THREADS * NF_STATE_BLOCKS;
     const nf_far to = nf_far_before(nf_slot_of_round(&w, w.round + 1), c);
     nf_far from;
-    int64_t last;
-    float left; /* of what is before a segment, behind it */
+    int64_t last; /* segments that are merged */
+    float left;   /* of what is before a segment, behind it */
     nf_unit u;
     nf_open(&w, &u);
     from = w.round ? nf_far_before(nf_slot_of_round(&w, w.round), c) : nf_far_state(&u, c);
-    last = (u.kv_tokens + w.length - 1) / w.length - (u.mask == NF_CAUSAL); /* segments that are merged */
+    last = nf_last_segment(&w, &u);
     left = u.decay < 0 ? (float)nf_exp((double)u.decay * (double)w.length) : 1;
     for (int64_t e = nf_block_y() * NF_STATE_THREADS + nf_thread(); e < m * width; e += stride) {
         const int64_t r = e / width, d = e % width, at = d < c->dim ? r * c->dim + d : r;
@@ -274,7 +290,9 @@ NF_UNUSED static nf_status nf_launch_segments(nf_kernel kernel, nf_work *w, int 
 {
     const nf_args *a = &w->plan.args;
     const int64_t units = w->plan.end - w->plan.begin, count = NF_SLOTS / (w->plan.units > 0 ? w->plan.units : 1) - 2;
-    const int64_t segments = (a->kv_tokens + length - 1) / length;
+    const int64_t block = w->contract.block;
+    const int64_t segments =
+        (a->kv_tokens + (block ? block + length : length) - 1) / length; /* hybrid: up to so many */
     nf_status status = NF_OK;
     w->first = w->round = 0;
     w->count = 1;
@@ -299,7 +317,7 @@ NF_UNUSED static nf_status nf_launch_segments(nf_kernel kernel, nf_work *w, int 
             const int64_t left = (a->q_tokens + length - 1) / length - w->first;
             status = nf_launch(kernel, w, units, left > 0xffff ? 0xffff : left > 1 ? left : 1, threads, shared);
         }
-    return status == NF_OK && a->state ? nf_launch(nf_count, w, units, 1, 32, 0) : status;
+    return status == NF_OK && a->state && !block ? nf_launch(nf_count, w, units, 1, 32, 0) : status;
 }
 
 /* Check, then launch. */

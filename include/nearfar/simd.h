@@ -15,9 +15,6 @@
 #define NF_UNROLL_BY_4 _Pragma("GCC unroll 4")
 #endif
 
-/* Ask for the line of memory that p is in. */
-#define NF_PREFETCH(p) __builtin_prefetch(p, 0, 2)
-
 /* The operations that compilers do on vectors of their own accord. */
 #define NF_NOTHING
 #define NF_ARITHMETIC(attributes, type, add, sub, mul) \
@@ -115,10 +112,11 @@ NF_INLINE NF_V16 float nf_v16_sum(nf_v16_t x)
 /* The sum of the lanes in double precision. */
 NF_INLINE NF_V16 double nf_v16_total(nf_v16_t x)
 {
+    const __m256 low = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 0));
     const __m256 high = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 1));
-    const __m512d s = _mm512_maskz_cvtps_pd(NF_ALL8, _mm512_castps512_ps256(x)) + _mm512_maskz_cvtps_pd(NF_ALL8, high);
-    const __m256d t = _mm512_castpd512_pd256(s) + _mm512_maskz_extractf64x4_pd(NF_ALL8, s, 1);
-    return (t[0] + t[1]) + (t[2] + t[3]);
+    __m256d s = _mm256_cvtps_pd(_mm256_castps256_ps128(low)) + _mm256_cvtps_pd(_mm256_extractf128_ps(low, 1));
+    s = s + _mm256_cvtps_pd(_mm256_castps256_ps128(high)) + _mm256_cvtps_pd(_mm256_extractf128_ps(high, 1));
+    return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
 /* x = floor(x) + f: the hardware splits and scales, so 2^f is a polynomial on [0, 1) (1.5e-7, exact at 0). */

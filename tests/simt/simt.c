@@ -213,6 +213,10 @@ static void touch(const unsigned char *p, size_t bytes, int write, int atomic, i
     if ((uintptr_t)p % bytes)
         fault(line, pc, "%s of %d bytes at %p, misaligned", what, (int)bytes, (const void *)p);
     s = shadow_of(p, bytes, what, line, pc);
+    if (s)
+        *(shared  ? write ? &simt.counts.shared_stored : &simt.counts.shared_loaded
+          : write ? &simt.counts.stored
+                  : &simt.counts.loaded) += (int64_t)bytes;
     for (size_t i = 0; s && i < bytes; i += GRANULE, s++) {
         if (unordered(s->written, s->writer, s->write_sync, me, shared))
             fault(line, pc, "race: %s of what thread %d has stored, with no barrier between", what, (int)s->writer);
@@ -459,6 +463,7 @@ void simt_copy_wait(int open)
     for (int i = 0; i < f->copies; i++)
         if (f->copy[i].group < f->group - open) {
             simt_access(f->copy[i].to, 16, 1, f->copy[i].line);
+            simt.counts.shared_stored -= 16; /* counted when it was asked for */
             memcpy(f->copy[i].to, f->copy[i].bytes, 16);
         } else {
             f->copy[left++] = f->copy[i];

@@ -21,6 +21,14 @@
 extern "C" {
 #endif
 
+/* What kernels have done, of all threads together; an operation of a whole warp counts once for each of its lanes. */
+typedef struct simt_counts {
+    int64_t products;                                     /* of 16 x 8 x 16, or of 16 x 16 x 16 on AMD */
+    int64_t matrices;                                     /* ldmatrix: four of 8 x 8 */
+    int64_t powers;                                       /* on the special function unit */
+    int64_t loaded, stored, shared_loaded, shared_stored; /* bytes, outside of ldmatrix */
+} simt_counts;
+
 typedef struct simt_setting {
     int warp;            /* lanes: 32 or 64 */
     int backwards;       /* run the threads of a block, and the blocks, last first */
@@ -30,6 +38,7 @@ typedef struct simt_setting {
     int thread;          /* the running thread */
     size_t shared_limit; /* of a block, bytes */
     int64_t launches;    /* so far */
+    simt_counts counts;  /* so far */
 } simt_setting;
 
 extern simt_setting simt;
@@ -171,6 +180,7 @@ SIMT_FN void simt_ldmatrix(uint32_t *r, const void *row, int transposed, int lin
     const unsigned char *all;
     const int lane = simt.thread % simt.warp;
     simt_access(row, 16, 0, line);
+    simt.counts.shared_loaded -= 16, simt.counts.matrices++;
     all = simt_exchange(row, 16, line);
     for (int i = 0; i < 4; i++)
         for (int half = 0; half < 2; half++) {
@@ -189,6 +199,7 @@ SIMT_FN void simt_mma(float *c, const uint32_t *a, const uint32_t *b, int bf16, 
     const int lane = simt.thread % simt.warp;
     uint32_t mine[6];
     const unsigned char *all;
+    simt.counts.products++;
     memcpy(mine, a, 16);
     memcpy(mine + 4, b, 8);
     all = simt_exchange(mine, sizeof mine, line);
@@ -211,6 +222,7 @@ SIMT_FN void simt_matrix(float *c, const uint32_t *a, const uint32_t *b, int kin
     const int each = kind == 3 ? 16 : 2 * words; /* numbers of a lane */
     uint32_t mine[16];
     const unsigned char *all;
+    simt.counts.products++;
     memcpy(mine, a, (size_t)words * 4);
     memcpy(mine + words, b, (size_t)words * 4);
     all = simt_exchange(mine, (size_t)words * 8, line);
@@ -255,6 +267,7 @@ SIMT_FN float nf_exp2(float x)
 
 SIMT_FN float nf_exp2_unit(float x)
 {
+    simt.counts.powers++;
     return x < -126 ? 0 : exp2f(x);
 }
 

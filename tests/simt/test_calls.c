@@ -1,15 +1,20 @@
 /* Calls of a GPU's header as an engine makes them, beside the CPU's header of the same contract: the same results, the
- * same states, and what is checked where. */
+ * same states, and what is checked where. The build says -DCONTRACT=<name>, of D = 8 and as many features, and
+ * -DFEATURES where these are random. */
 #include "check.h"
 #include "simt.h"
 
+#define TEXT(name) #name
+#define NAME(name) TEXT(name)
+#define PASTE(a, b) a##b
+#define JOIN(a, b) PASTE(a, b)
 #define NEARFAR_STATIC
-#include "nf_favor_exp_f32_d8_m8_cpu.h"
+#include NAME(JOIN(JOIN(nf_, CONTRACT), _cpu.h))
 
-#include "nf_favor_exp_f32_d8_m8_cuda.h"
+#include NAME(JOIN(JOIN(nf_, CONTRACT), _cuda.h))
 
-#define CPU(entry) nf_favor_exp_f32_d8_m8_cpu_##entry
-#define GPU(entry) nf_favor_exp_f32_d8_m8_cuda_##entry
+#define CPU(entry) JOIN(JOIN(nf_, CONTRACT), _cpu_##entry)
+#define GPU(entry) JOIN(JOIN(nf_, CONTRACT), _cuda_##entry)
 
 #include <stdlib.h>
 
@@ -33,7 +38,7 @@ static void give_back(void *p)
 }
 
 typedef struct buffers {
-    float *q, *k, *v, *out[2], *lse[2];
+    float *q, *k, *v, *decay, *out[2], *lse[2];
     void *projection, *workspace[2], *state[2];
     size_t bytes[2];
     nf_args a[2]; /* the CPU's, the GPU's */
@@ -42,6 +47,7 @@ typedef struct buffers {
 /* HEADS units of TOKENS tokens: so many that a GPU goes through their segments in rounds. */
 static buffers make(int32_t mask)
 {
+    static const nf_pattern pattern = {.window = 5, .globals = 2};
     buffers b;
     memset(&b, 0, sizeof b);
     b.q = (float *)memory(FLOATS * sizeof(float));
@@ -52,9 +58,16 @@ static buffers make(int32_t mask)
         b.k[i] = (float)((i * 104729 + i / 7) % 1000) / 250 - 2;
         b.v[i] = (float)((i * 1299709 + i / 11) % 1000) / 500 - 1;
     }
+    b.decay = (float *)memory(HEADS * sizeof(float));
+    for (int h = 0; h < HEADS; h++)
+        b.decay[h] = -0.02f * (float)(h % 3);
+#ifdef FEATURES
     b.projection = memory(GPU(projection_bytes)());
     if (CPU(projection_init)(b.projection, 5, NULL) != NF_OK)
         abort();
+#else
+    b.projection = memory(NF_ALIGN); /* nobody looks at it */
+#endif
     b.bytes[0] = CPU(workspace)(NULL), b.bytes[1] = GPU(workspace)(NULL);
     for (int i = 0; i < 2; i++) {
         nf_args *a = &b.a[i];
@@ -63,6 +76,8 @@ static buffers make(int32_t mask)
         b.workspace[i] = memory(b.bytes[i]);
         a->batch = 1, a->heads = HEADS, a->q_tokens = TOKENS, a->mask = mask, a->projection = b.projection;
         a->q.data = b.q, a->k.data = b.k, a->v.data = b.v, a->out.data = b.out[i], a->lse = b.lse[i];
+        a->decay = mask == NF_CAUSAL ? b.decay : NULL;
+        a->pattern = &pattern;
         b.state[i] = memory(GPU(state_bytes)(a));
     }
     return b;
@@ -70,8 +85,8 @@ static buffers make(int32_t mask)
 
 static void free_all(buffers *b)
 {
-    void *const all[] = {b->q, b->k, b->v, b->projection};
-    for (int i = 0; i < 4; i++)
+    void *const all[] = {b->q, b->k, b->v, b->decay, b->projection};
+    for (int i = 0; i < 5; i++)
         give_back(all[i]);
     for (int i = 0; i < 2; i++)
         give_back(b->out[i]), give_back(b->lse[i]), give_back(b->workspace[i]), give_back(b->state[i]);
@@ -90,10 +105,11 @@ static void use_states(buffers *b)
     CHECK(CPU(state_reset)(&b->a[0]) == NF_OK && GPU(state_reset)(&b->a[1]) == NF_OK, "reset");
 }
 
-/* Heads are equal to the bit; so many tokens; and R, z, S mean the same sums. */
+/* Heads and near fields are equal to the bit; so many tokens; and R, z, S mean the same sums. */
 static void states_alike(const buffers *b, int64_t tokens)
 {
-    const size_t unit = sizeof(nf_state_unit) + D * (D + 2) * sizeof(float);
+    const size_t far = sizeof(nf_state_unit) + D * (D + 2) * sizeof(float);
+    const size_t unit = (GPU(state_bytes)(&b->a[1]) - sizeof(nf_state_head)) / HEADS;
     CHECK(memcmp(b->state[0], b->state[1], sizeof(nf_state_head)) == 0, "the heads of the states differ");
     for (size_t u = 0; u < HEADS; u++) {
         const nf_state_unit *x =
@@ -103,6 +119,8 @@ static void states_alike(const buffers *b, int64_t tokens)
         const float *p = (const float *)(const void *)(x + 1), *g = (const float *)(const void *)(y + 1);
         CHECK(memcmp(x, y, sizeof *x) == 0 && x->tokens == tokens, "unit %d: %d and %d tokens", (int)u, (int)x->tokens,
               (int)y->tokens);
+        CHECK(memcmp((const char *)x + far, (const char *)y + far, unit - far) == 0, "the near fields of unit %d",
+              (int)u);
         for (int r = 0; r < D; r++) {
             const double scale = ldexp(1, (int)(g[r] - p[r]));
             for (int d = -1; d < D; d++) {
@@ -117,7 +135,7 @@ static void states_alike(const buffers *b, int64_t tokens)
 /* Segments in rounds, causal and full, without a state and with one. */
 Test(calls, rounds)
 {
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 4; i += GPU(contract).block ? 2 : 1) {
         buffers b = make(i % 2 ? NF_FULL : NF_CAUSAL);
         int64_t launches;
         if (i / 2)
@@ -160,17 +178,29 @@ Test(calls, states_move)
 /* What only the device can look at: rows of NaN, and a state that is left alone. */
 Test(calls, foreign)
 {
-    for (int which = 0; which < 3; which++) {
-        buffers b = make(which == 2 ? NF_FULL : NF_CAUSAL);
+    for (int which = 0; which < (GPU(contract).block ? 5 : 3); which++) {
+        buffers b = make(which == 2 && !GPU(contract).block ? NF_FULL : NF_CAUSAL);
         const size_t bytes = GPU(state_bytes)(&b.a[1]);
         void *before = malloc(bytes);
+        int32_t *tokens = (int32_t *)memory(2 * sizeof(int32_t));
+        nf_pattern pattern = *b.a[1].pattern;
         use_states(&b);
-        if (which == 0)
+        tokens[0] = 9, tokens[1] = 3;
+        b.a[1].pattern = &pattern;
+        if (which == 0 && GPU(contract).decays) {
+            b.a[1].state = NULL; /* which would not be of these decays, either */
+            for (int h = 0; h < HEADS; h++)
+                b.decay[h] = h % 2 ? 1e-9f : -INFINITY;
+        } else if (which == 0)
             ((nf_projection_head *)b.projection)->contract++;
         else if (which == 1)
             ((nf_state_head *)b.state[1])->units++;
-        else
+        else if (which == 2)
             b.a[1].scale = 0.5f; /* not the one that the state was made for */
+        else if (which == 3)
+            pattern.far_gain = b.decay, b.decay[HEADS - 1] = NAN;
+        else /* falling positions */
+            pattern.global_tokens = tokens, pattern.global_count = 2, b.a[1].state = NULL;
         memcpy(before, b.state[1], bytes);
         CHECK(GPU(forward)(&b.a[1], b.workspace[1], b.bytes[1]) == NF_OK, "launched");
         for (int i = 0; i < FLOATS; i++)
@@ -179,6 +209,7 @@ Test(calls, foreign)
             CHECK(isnan(b.lse[1][i]), "case %d: lse %d", which, i);
         CHECK(memcmp(before, b.state[1], bytes) == 0, "case %d: the state was written", which);
         free(before);
+        give_back(tokens);
         free_all(&b);
     }
 }
@@ -191,6 +222,11 @@ Test(calls, foreign_merge)
     use_states(&b);
     ((nf_state_unit *)(void *)((char *)b.state[0] + sizeof(nf_state_head)))->hash++;
     sizes = b.a[1];
+    if (GPU(contract).block) { /* near fields with a far field behind them do not follow one another */
+        CHECK(GPU(state_merge)(&sizes, b.state[1], b.state[0], b.state[1]) == NF_E_STATE, "merged");
+        free_all(&b);
+        return;
+    }
     CHECK(GPU(state_merge)(&sizes, b.state[1], b.state[0], b.state[1]) == NF_OK, "launched");
     CHECK(GPU(forward)(&b.a[1], b.workspace[1], b.bytes[1]) == NF_OK, "launched");
     CHECK(isnan(b.out[1][0]) && !isnan(b.out[1][D]), "the first unit alone is foreign");
@@ -225,7 +261,8 @@ Test(calls, checks)
     CHECK(GPU(forward)(&a, b.workspace[1], b.bytes[1] - 1) == NF_E_WORKSPACE, "small workspace");
     CHECK(GPU(decode)(&a, b.workspace[1], b.bytes[1]) == NF_E_NULL, "decode without a state");
     a.projection = NULL;
-    CHECK(GPU(forward)(&a, b.workspace[1], b.bytes[1]) == NF_E_NULL, "no projection");
+    if (GPU(contract).projection)
+        CHECK(GPU(forward)(&a, b.workspace[1], b.bytes[1]) == NF_E_NULL, "no projection");
     a = b.a[1], a.heads = 5, a.kv_heads = 2;
     CHECK(GPU(forward)(&a, b.workspace[1], b.bytes[1]) == NF_E_HEADS, "heads");
     a = b.a[1], a.out.data = b.q;

@@ -1,0 +1,67 @@
+/* What a kernel on matrix units does per token, counted by the executor: no more than its algorithm asks for.
+ * docs/gpu.md has the numbers. */
+#include "check.h"
+#include "simt.h"
+
+#define NEARFAR_STATIC
+#include "nf_favor_cosh_bf16_d64_m128_cuda.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+#define K(entry) nf_favor_cosh_bf16_d64_m128_cuda_##entry
+
+enum { D = 64, M = 128, ROWS = M / 2, CHUNK = 64, WARP = 32 };
+
+static void *memory(size_t bytes)
+{
+    void *p;
+    if (posix_memalign(&p, NF_ALIGN, bytes))
+        abort();
+    memset(p, 0, bytes);
+    simt_memory(p, bytes);
+    return p;
+}
+
+/* The counts of a causal forward of one head. */
+static simt_counts counts_of(int64_t tokens)
+{
+    const size_t row = (size_t)tokens * D * sizeof(uint16_t), bytes = K(workspace)(NULL);
+    void *const all[] = {memory(row), memory(row),   memory(row),
+                         memory(row), memory(bytes), memory(K(projection_bytes)())};
+    nf_args a;
+    memset(&a, 0, sizeof a);
+    a.batch = a.heads = 1, a.q_tokens = tokens, a.projection = all[5];
+    a.q.data = all[0], a.k.data = all[1], a.v.data = all[2], a.out.data = all[3];
+    CHECK(K(projection_init)(all[5], 1, NULL) == NF_OK, "init");
+    memset(&simt.counts, 0, sizeof simt.counts);
+    CHECK(K(forward)(&a, all[4], bytes) == NF_OK, "forward");
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        simt_forget(all[i]), free(all[i]);
+    return simt.counts;
+}
+
+Test(counts, favor)
+{
+    enum { CHANNELS = D / 16, TILES = CHUNK / 16 };
+    const simt_counts one = counts_of(CHUNK), two = counts_of(2 * CHUNK);
+    const double tokens = CHUNK, seen = (TILES + 1) / 2.0; /* tiles of keys that a warp's queries see, on average */
+    const double products = (double)(two.products - one.products) / WARP / tokens;
+    const double matrices = (double)(two.matrices - one.matrices) / WARP / tokens;
+    const double powers = (double)(two.powers - one.powers) / tokens;
+    const double bytes = (double)(two.loaded - one.loaded + two.stored - one.stored) / tokens;
+    /* A warp's 16 tokens: keys and queries times w; S and z, written and read; scores, their sums, and times values. */
+    const double right_products =
+        2 * (2 * ROWS / 16 * CHANNELS) + 2 * (M / 16 * (2 * CHANNELS + 1)) + seen * (2 * M / 16 + 1 + 2 * CHANNELS);
+    const double right_matrices = (CHANNELS + TILES * CHANNELS) + (CHANNELS + ROWS / 16 * CHANNELS) + TILES * CHANNELS +
+                                  M / 16 * (CHANNELS + 1) + seen * (M / 16 + CHANNELS);
+    printf("of a token: %.2f products of 16 x 8 x 16, %.2f ldmatrix, %.0f powers, %.0f bytes of tensors, shared memory "
+           "%.0f "
+           "bytes by ldmatrix, %.0f read and %.0f written otherwise\n",
+           products, matrices, powers, bytes, matrices * 512, (double)(two.shared_loaded - one.shared_loaded) / tokens,
+           (double)(two.shared_stored - one.shared_stored) / tokens);
+    CHECK(products == right_products / 16, "%g products, not %g", products, right_products / 16);
+    CHECK(matrices == right_matrices / 16, "%g ldmatrix, not %g", matrices, right_matrices / 16);
+    CHECK(powers == 2 * M, "%g powers, not %d", powers, 2 * M);
+    CHECK(bytes == 4 * D * 2, "%g bytes: every number is to be read or written once", bytes);
+}
