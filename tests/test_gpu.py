@@ -20,6 +20,9 @@ CONTRACTS = (
     "exact_f32_d64",
     "exact_f32_d128",
     "sparse_f32_d64_b64",
+    "exact_bf16_d64",
+    "exact_f16_d128",
+    "sparse_bf16_d64_b64",
     "hybrid_cosh_f32_d64_m128_b64",
 )
 MATRIX = "favor_cosh_bf16_d64_m128"  # has variants on matrix units
