@@ -7,11 +7,11 @@
 /* What a GPU's kernels share with the host. */
 #if defined(__CUDACC__) || defined(__HIPCC__) || defined(__HIP__)
 #define NF_BOTH __attribute__((host, device, unused)) static
-#define NF_INLINE static inline __attribute__((host, device, always_inline, unused))
 #else
 #define NF_BOTH __attribute__((unused)) static
-#define NF_INLINE static inline __attribute__((always_inline, unused))
 #endif
+#define NF_INLINE static inline __attribute__((always_inline, unused))
+#define NF_BOTH_INLINE NF_BOTH inline __attribute__((always_inline))
 
 #define NF_MAGIC_PROJECTION 0x5046524eu /* "NRFP" */
 #define NF_MAGIC_STATE 0x5346524eu      /* "NRFS" */
@@ -124,7 +124,7 @@ NF_BOTH double nf_sqrt(double x)
 
 /* Natural logarithm of a positive normal float, relative error below 1e-12, without libm. Inline, as nf_lse: a call
  * from code with vectors to code without costs some processors (and GCC does not clear their upper halves) 50 ns. */
-NF_BOTH inline __attribute__((always_inline)) double nf_log(double x)
+NF_BOTH_INLINE double nf_log(double x)
 {
     uint64_t bits;
     int64_t exponent;
@@ -161,7 +161,7 @@ NF_BOTH double nf_exp(double x)
 }
 
 /* ln of den * 2^exponent, plus shift; -inf for an empty sum. */
-NF_BOTH inline __attribute__((always_inline)) float nf_lse(float den, double exponent, double shift)
+NF_BOTH_INLINE float nf_lse(float den, double exponent, double shift)
 {
     uint32_t bits;
     __builtin_memcpy(&bits, &den, sizeof bits);

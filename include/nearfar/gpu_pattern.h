@@ -37,7 +37,8 @@ NF_KERNEL(NF_CHECK_THREADS, 1) nf_check_numbers(nf_work w)
 {
     const nf_pattern *const p = &w.plan.pattern;
     const nf_args *const a = &w.plan.args;
-    const int64_t first = nf_block_x() * NF_CHECK_THREADS + nf_thread(), step = NF_CHECK_THREADS * NF_CHECK_BLOCKS;
+    const int64_t first = nf_block_x() * NF_CHECK_THREADS + nf_thread(),
+                  step = (int64_t)NF_CHECK_THREADS * NF_CHECK_BLOCKS;
     const int64_t blocks = (a->kv_tokens + w.contract.block - 1) / w.contract.block;
     int *const sound = (int *)nf_shared();
     int good = 1;

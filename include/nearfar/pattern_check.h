@@ -129,19 +129,19 @@ NF_UNUSED static int64_t nf_listed_before(const nf_pattern *pattern, int64_t pos
 }
 
 /* Where a state keeps the token at a position: a global token in a row of its own (and like all others in the ring). */
-NF_INLINE int64_t nf_near_row(const nf_unit *u, int64_t position)
+NF_BOTH_INLINE int64_t nf_near_row(const nf_unit *u, int64_t position)
 {
     return position < u->globals ? position : u->globals + position % u->ring;
 }
 
 /* The key and the value at a position: of the call, or from the state. */
-NF_INLINE const float *nf_key_at(const nf_unit *u, int64_t position, int64_t dim)
+NF_BOTH_INLINE const float *nf_key_at(const nf_unit *u, int64_t position, int64_t dim)
 {
     return position < u->past ? u->near_key + nf_near_row(u, position) * dim
                               : (const float *)u->k + (position - u->past) * u->k_stride;
 }
 
-NF_INLINE const float *nf_value_at(const nf_unit *u, int64_t position, int64_t dim)
+NF_BOTH_INLINE const float *nf_value_at(const nf_unit *u, int64_t position, int64_t dim)
 {
     return position < u->past ? u->near_value + nf_near_row(u, position) * dim
                               : (const float *)u->v + (position - u->past) * u->v_stride;
