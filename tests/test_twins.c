@@ -351,8 +351,8 @@ enum { ROUNDINGS = 2 };
 static void compare(const pair *p, scene s, int decode)
 {
     stage g;
-    if (p->k.block && s.full && s.kv_tokens)
-        return; /* two-sided patterns have a place for every query */
+    if (p->k.block && s.full && (s.kv_tokens || p->k.projection_bytes))
+        return; /* two-sided patterns have a place for every query; hybrid is causal */
     g = stage_make(p, s);
     EACH_WAY(&p->k, w)
     {
