@@ -65,7 +65,9 @@ def run(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 def test_every_name_parses_back() -> None:
     every = list(contracts())
-    assert len({c.name for c in every}) == len(every) == 32 * 65 * (4 * 3 + 2 * 32) + 64 * (4 * 3 + 3 + 3 * 32) + 4 * 3
+    assert (
+        len({c.name for c in every}) == len(every) == 32 * 65 * (4 * 3 + 3 * 2 * 32) + 64 * (4 * 3 + 3 + 3 * 32) + 4 * 3
+    )
     assert len({c.hash for c in every}) == len(every)
     for contract in every:
         assert parse(contract.name) == contract
