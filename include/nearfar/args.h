@@ -292,6 +292,14 @@ NF_BOTH nf_state_unit *nf_state_at(const nf_plan *p, int64_t unit)
     return (nf_state_unit *)(void *)((char *)p->args.state + sizeof(nf_state_head) + (size_t)unit * p->state_unit);
 }
 
+/* Is a state's head that of the plan's states? */
+NF_BOTH int nf_state_fits(const nf_contract *c, const nf_plan *p, const nf_state_head *head)
+{
+    return head->magic == NF_MAGIC_STATE && head->abi == NF_CORE_ABI && head->contract == c->hash &&
+           head->units == p->units && head->unit_bytes == (int64_t)p->state_unit && head->globals == p->globals &&
+           head->ring == p->ring;
+}
+
 /* The decays, and the flags beside them. */
 static nf_status nf_check_decay(const nf_contract *c, const nf_args *a)
 {
@@ -427,7 +435,6 @@ static nf_status nf_check_projection(const nf_plan *p)
 static nf_status nf_check_state(const nf_plan *p)
 {
     const nf_args *a = &p->args;
-    const nf_state_head *head = (const nf_state_head *)a->state;
     if (!a->state)
         return NF_OK;
     if (!p->state_bytes)
@@ -436,9 +443,7 @@ static nf_status nf_check_state(const nf_plan *p)
         return NF_E_ALIGN;
     if (p->contract->device)
         return NF_OK;
-    if (head->magic != NF_MAGIC_STATE || head->abi != NF_CORE_ABI || head->contract != p->contract->hash ||
-        head->units != p->units || head->unit_bytes != (int64_t)p->state_unit || head->globals != p->globals ||
-        head->ring != p->ring)
+    if (!nf_state_fits(p->contract, p, (const nf_state_head *)a->state))
         return NF_E_STATE;
     for (int64_t u = p->begin; u < p->end; u++) {
         const nf_state_unit *unit = nf_state_at(p, u);
@@ -639,7 +644,8 @@ NF_BOTH nf_unit nf_unit_at(const nf_contract *c, const nf_plan *p, int64_t unit,
     u.pattern = a->pattern;
     u.first_head = head;
     u.window = p->window, u.globals = p->globals, u.ring = p->ring;
-    if (a->state && !p->grads) {
+    if (a->state && !p->grads &&
+        nf_state_fits(c, p, (const nf_state_head *)a->state)) { /* a GPU has not looked before */
         u.state = nf_state_at(p, unit);
         u.past = u.state->tokens;
         u.near_key = (float *)(void *)(u.state + 1) + c->features * (c->values + 2);

@@ -922,13 +922,9 @@ NF_DEVICE int nf_open(const nf_work *w, nf_unit *unit)
     if (projection && (projection->magic != NF_MAGIC_PROJECTION || projection->abi != NF_CORE_ABI ||
                        projection->contract != w->contract.hash))
         return 0;
-    if (a->state) {
-        const nf_state_head *head = (const nf_state_head *)a->state;
-        if (head->magic != NF_MAGIC_STATE || head->abi != NF_CORE_ABI || head->contract != w->contract.hash ||
-            head->units != p->units || head->unit_bytes != (int64_t)p->state_unit || head->globals != p->globals ||
-            head->ring != p->ring || unit->state->hash != nf_state_hash(&w->contract, p, index))
-            return 0;
-    }
+    if (a->state && (!unit->state || unit->state->hash != nf_state_hash(&w->contract, p, index) || unit->past < 0 ||
+                     unit->past > (int64_t)1 << 47))
+        return 0;
     return 1;
 }
 

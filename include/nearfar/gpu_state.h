@@ -205,10 +205,8 @@ NF_DEVICE int nf_mergeable(const nf_work *w)
 {
     const nf_state_head *const ha = (const nf_state_head *)w->a, *const hb = (const nf_state_head *)w->b;
     const nf_state_unit *const a = nf_unit_in(w, w->a), *const b = nf_unit_in(w, w->b);
-    return a->hash == b->hash && a->tokens >= 0 && b->tokens >= 0 && ha->magic == NF_MAGIC_STATE &&
-           ha->contract == w->contract.hash && ha->units == w->plan.units && ha->globals == w->plan.globals &&
-           ha->ring == w->plan.ring && hb->magic == ha->magic && hb->contract == ha->contract &&
-           hb->units == ha->units && hb->globals == ha->globals && hb->ring == ha->ring;
+    return nf_state_fits(&w->contract, &w->plan, ha) && nf_state_fits(&w->contract, &w->plan, hb) &&
+           a->hash == b->hash && a->tokens >= 0 && b->tokens >= 0; /* the heads first: a unit may not be there */
 }
 
 /* Numbers from .. to of a column, turned around. */
@@ -226,9 +224,11 @@ NF_DEVICE void nf_turn(float *column, int64_t from, int64_t to, int64_t stride)
 NF_KERNEL(NF_STATE_THREADS, 1) nf_merge_near(nf_work w)
 {
     const int64_t globals = w.plan.globals, ring = w.plan.ring, dim = w.contract.dim;
-    const int64_t before = nf_unit_in(&w, w.a)->tokens, tokens = before + nf_unit_in(&w, w.b)->tokens;
+    const int alike = nf_mergeable(&w);
+    const int64_t before = alike ? nf_unit_in(&w, w.a)->tokens : 0;
+    const int64_t tokens = alike ? before + nf_unit_in(&w, w.b)->tokens : 0;
     const int64_t kept = tokens > ring ? tokens - ring : 0; /* the first token that the ring still holds */
-    for (int64_t e = nf_thread(); e < 2 * dim && nf_mergeable(&w); e += NF_STATE_THREADS) {
+    for (int64_t e = nf_thread(); e < 2 * dim && alike; e += NF_STATE_THREADS) {
         const int64_t at = e / dim * (globals + ring) * dim + e % dim;
         const float *const a = (const float *)(const void *)(nf_unit_in(&w, w.a) + 1) + at, *const x =
                                                                                                 a + globals * dim;
@@ -261,20 +261,23 @@ NF_KERNEL(NF_STATE_THREADS, 1) nf_merge(nf_work w)
     const float *const x = (const float *)(const void *)(a + 1), *const y = (const float *)(const void *)(b + 1);
     float *const to = (float *)(void *)(dst + 1);
     const int alike = nf_mergeable(&w);
-    const float left = a->decay < 0 ? (float)nf_exp((double)a->decay * (double)b->tokens) : 1;
-    for (int64_t e = nf_thread(); e < m * (dim + 1); e += NF_STATE_THREADS) { /* z, S */
+    const float left = alike && a->decay < 0 ? (float)nf_exp((double)a->decay * (double)b->tokens) : 1;
+    for (int64_t e = nf_thread(); alike && e < m * (dim + 1); e += NF_STATE_THREADS) { /* z, S */
         const int64_t r = e < m ? e : (e - m) / dim;
         const float reference = x[r] > y[r] ? x[r] : y[r];
         to[m + e] =
             x[m + e] * (left * nf_power_of_two(x[r] - reference)) + y[m + e] * nf_power_of_two(y[r] - reference);
     }
     nf_barrier(); /* only now may R be written, where dst is a or b */
-    for (int64_t r = nf_thread(); r < m; r += NF_STATE_THREADS)
+    for (int64_t r = nf_thread(); alike && r < m; r += NF_STATE_THREADS)
         to[r] = x[r] > y[r] ? x[r] : y[r];
     if (nf_thread() == 0) {
-        nf_state_unit merged = *a;
-        merged.hash = alike ? a->hash : 0;
-        merged.tokens = a->tokens + b->tokens;
+        nf_state_unit merged;
+        __builtin_memset(&merged, 0, sizeof merged);
+        if (alike) {
+            merged = *a;
+            merged.tokens = a->tokens + b->tokens;
+        }
         *dst = merged;
         if (nf_block_x() == 0 && w.dst != w.a && w.dst != w.b)
             *(nf_state_head *)w.dst = *(const nf_state_head *)w.a;
@@ -349,6 +352,8 @@ NF_UNUSED static nf_status nf_launch_merge(const nf_contract *c, const nf_args *
     nf_status status = nf_check_shape(c, args, &w.plan);
     if (status != NF_OK)
         return status;
+    if (!w.plan.state_bytes) /* no state of this pattern can be: a dilation, or more than an address reaches */
+        return c->block && w.plan.pattern.dilation ? NF_E_PATTERN : NF_E_OVERFLOW;
     if (!dst || !a || !b)
         return NF_E_NULL;
     if (!nf_aligned(dst, NF_ALIGN) || !nf_aligned(a, NF_ALIGN) || !nf_aligned(b, NF_ALIGN))
