@@ -184,6 +184,8 @@ Test(calls, foreign)
         void *before = malloc(bytes);
         int32_t *tokens = (int32_t *)memory(2 * sizeof(int32_t));
         nf_pattern pattern = *b.a[1].pattern;
+        const size_t one = sizeof(nf_state_head) + (bytes - sizeof(nf_state_head)) / HEADS;
+        void *single = memory(bytes);
         use_states(&b);
         tokens[0] = 9, tokens[1] = 3;
         b.a[1].pattern = &pattern;
@@ -193,9 +195,12 @@ Test(calls, foreign)
                 b.decay[h] = h % 2 ? 1e-9f : -INFINITY;
         } else if (which == 0)
             ((nf_projection_head *)b.projection)->contract++;
-        else if (which == 1)
-            ((nf_state_head *)b.state[1])->units++;
-        else if (which == 2)
+        else if (which == 1) {
+            memcpy(single, b.state[1], one);
+            ((nf_state_head *)single)->units = 1;
+            simt_forget(single), simt_memory(single, one); /* behind the one unit there is nothing */
+            b.a[1].state = single;
+        } else if (which == 2)
             b.a[1].scale = 0.5f; /* not the one that the state was made for */
         else if (which == 3)
             pattern.far_gain = b.decay, b.decay[HEADS - 1] = NAN;
@@ -210,6 +215,7 @@ Test(calls, foreign)
         CHECK(memcmp(before, b.state[1], bytes) == 0, "case %d: the state was written", which);
         free(before);
         give_back(tokens);
+        give_back(single);
         free_all(&b);
     }
 }
