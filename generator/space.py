@@ -129,9 +129,17 @@ GPU = {
 # On matrix units a warp has 16 tokens of a chunk: the most warps, so the fewest registers for the state, first.
 MATRIX_FLOATS = {"sm80": 160, "gfx90a": 192, "gfx942": 192}
 MATRIX = {"1x1": (64, 48, 32, 16), "3x4": (32, 16), "1x2": (64, 48, 32, 16)}
-# Softmax: on matrix units a warp has 16 rows of a block.
-MATRIX_EXACT = {"1x4": (64, 128, 32), "1x2": (64, 32)}
-GPU_EXACT = {"4x1": (32, 16), "4x2": (32, 16), "4x4": (16,), "8x1": (32, 16)}
+# Softmax: on matrix units a warp has 16 rows of a block; on RDNA tiles of 64 keys would spill.
+SMALL_TILES: dict[str, tuple[int, ...]] = {"1x2": (64, 32)}
+LARGE_TILES: dict[str, tuple[int, ...]] = {"1x4": (64, 128, 32), **SMALL_TILES}
+GPU_EXACT: dict[str, dict[str, tuple[int, ...]]] = {
+    "sm80": LARGE_TILES,
+    "gfx90a": LARGE_TILES,
+    "gfx942": LARGE_TILES,
+    "gfx11": SMALL_TILES,
+    "gfx12": SMALL_TILES,
+    "simt": {"4x1": (32, 16), "4x2": (32, 16), "4x4": (16,), "8x1": (32, 16)},
+}
 SPACE = {
     **{
         ("favor", "cpu"): FAVOR,
@@ -144,7 +152,7 @@ SPACE = {
     ("favor", "hip"): {"gfx90a": MATRIX, "gfx942": MATRIX} | GPU,
     **{(operator, backend): GPU for operator in ("linear", "hybrid") for backend in ("cuda", "hip")},
     **{
-        (operator, backend): {t.name: MATRIX_EXACT if t.lanes > 1 else GPU_EXACT for t in TARGETS[backend]}
+        (operator, backend): {t.name: GPU_EXACT[t.name] for t in TARGETS[backend]}
         for operator in ("exact", "sparse")
         for backend in ("cuda", "hip")
     },
