@@ -163,26 +163,13 @@ static measure_text line_new(const char *bench, const kernel *k, const nf_varian
     return t;
 }
 
-static void line_number(measure_text *t, const char *key, double value)
-{
-    measure_add(t, ",");
-    measure_number(t, key, value);
-}
-
-static void line_end(measure_text *t)
-{
-    printf("%s}\n", t->data);
-    fflush(stdout);
-    free(t->data);
-}
-
 /* Nanoseconds per unit: the fastest sample and the median. */
 static void line_times(measure_text *t, subject *s, double *fastest)
 {
     const double median = measure_median(s->sample, s->samples);
     *fastest = 1e9 * s->sample[0] / s->units;
-    line_number(t, "ns_min", *fastest);
-    line_number(t, "ns_med", 1e9 * median / s->units);
+    measure_member(t, "ns_min", *fastest);
+    measure_member(t, "ns_med", 1e9 * median / s->units);
     measure_add(t, ",\"k\":%d", s->samples);
 }
 
@@ -258,10 +245,10 @@ static void speed_at(const way *list, int count, int64_t tokens)
         const double work = kernel_flops(list[i].kernel, kernel_suffix(list[i].kernel, list[i].variant), tokens);
         measure_add(&t, ",\"tokens\":%lld,\"heads\":%lld", (long long)tokens, (long long)heads);
         line_times(&t, &s[i], &fastest);
-        line_number(&t, "flops", work);
-        line_number(&t, "peak", 1e-9 * possible[i] / measure_median(s[i].sample, s[i].samples));
-        line_number(&t, "percent", 1e2 * work * s[i].units / possible[i]);
-        line_end(&t);
+        measure_member(&t, "flops", work);
+        measure_member(&t, "peak", 1e-9 * possible[i] / measure_median(s[i].sample, s[i].samples));
+        measure_member(&t, "percent", 1e2 * work * s[i].units / possible[i]);
+        measure_print(&t);
         subject_free(&s[i]);
         arrays_free(&data[i]);
     }
@@ -292,10 +279,10 @@ static void error_at(const way *w, int64_t tokens, double norm)
         length = fmax(length, e.length / oracle_v_norm(&head));
     }
     measure_add(&t, ",\"tokens\":%lld", (long long)tokens);
-    line_number(&t, "norm", norm);
-    line_number(&t, "row", row);
-    line_number(&t, "scaled", length);
-    line_end(&t);
+    measure_member(&t, "norm", norm);
+    measure_member(&t, "row", row);
+    measure_member(&t, "scaled", length);
+    measure_print(&t);
     subject_free(&s);
     arrays_free(&data);
     free(out);
@@ -358,7 +345,7 @@ static void decode(const way *list, int count)
         measure_add(&t, ",\"heads\":%d,\"cached\":%lld", DECODE_HEADS,
                     (long long)(kernel_stateful(of[i]->kernel) ? 0 : s[i].args.kv_tokens));
         line_times(&t, &s[i], &fastest);
-        line_end(&t);
+        measure_print(&t);
         free(s[i].args.state);
         subject_free(&s[i]);
         arrays_free(&data[i]);
@@ -392,11 +379,11 @@ static void backward(const way *w)
     for (int i = 0; i < 2; i++) {
         const double median = measure_median(s[i].sample, s[i].samples);
         fastest[i] = 1e9 * s[i].sample[0] / s[i].units;
-        line_number(&t, i ? "ns_backward" : "ns_forward", 1e9 * median / s[i].units);
+        measure_member(&t, i ? "ns_backward" : "ns_forward", 1e9 * median / s[i].units);
         subject_free(&s[i]);
     }
-    line_number(&t, "ratio", fastest[1] / fastest[0]);
-    line_end(&t);
+    measure_member(&t, "ratio", fastest[1] / fastest[0]);
+    measure_print(&t);
     free(a.lse);
     arrays_free(&data);
     arrays_free(&by);
@@ -593,10 +580,10 @@ static void patterns(const way *w)
         const double work = 4 * d * pairs[i] / (double)pattern_cases[i].tokens;
         measure_add(&t, ",\"pattern\":\"%s\",\"tokens\":%lld", pattern_cases[i].name,
                     (long long)pattern_cases[i].tokens);
-        line_number(&t, "keys", pairs[i] / (double)pattern_cases[i].tokens);
+        measure_member(&t, "keys", pairs[i] / (double)pattern_cases[i].tokens);
         line_times(&t, &s[i], &fastest);
-        line_number(&t, "percent", 1e2 * work * s[i].units / possible[i]);
-        line_end(&t);
+        measure_member(&t, "percent", 1e2 * work * s[i].units / possible[i]);
+        measure_print(&t);
         subject_free(&s[i]);
         arrays_free(&data[i]);
     }
@@ -628,11 +615,11 @@ static void splits(const way *w)
     one = measure_median(s[0].sample, s[0].samples);
     two = measure_median(s[1].sample, s[1].samples);
     measure_add(&t, ",\"tokens\":%lld,\"heads\":%d", (long long)opt.split_tokens, SPLIT_HEADS);
-    line_number(&t, "ns_one", 1e9 * s[0].sample[0] / s[0].units);
-    line_number(&t, "ns_two", 1e9 * s[1].sample[0] / s[1].units);
-    line_number(&t, "speedup", s[0].sample[0] / s[1].sample[0]);
-    line_number(&t, "speedup_med", one / two);
-    line_end(&t);
+    measure_member(&t, "ns_one", 1e9 * s[0].sample[0] / s[0].units);
+    measure_member(&t, "ns_two", 1e9 * s[1].sample[0] / s[1].units);
+    measure_member(&t, "speedup", s[0].sample[0] / s[1].sample[0]);
+    measure_member(&t, "speedup_med", one / two);
+    measure_print(&t);
     for (int i = 0; i < 2; i++) {
         subject_free(&s[i]);
         arrays_free(&data[i]);
@@ -804,15 +791,15 @@ static void real_input(const way *w, input *in, const char *name)
         measure_string(&t, name);
         measure_add(&t, ",\"mask\":\"%s\",\"tokens\":%lld,\"heads\":%lld", mask ? "full" : "causal",
                     (long long)in->tokens, (long long)in->heads);
-        line_number(&t, "uniform", input_uniform(in, mask));
+        measure_member(&t, "uniform", input_uniform(in, mask));
         for (int fit = 0; fit < (w->kernel->m ? FITS : 1); fit++) {
             double worst;
             char key[32];
-            line_number(&t, fit_name[fit], input_fit(w, in, mask, fit, &worst));
+            measure_member(&t, fit_name[fit], input_fit(w, in, mask, fit, &worst));
             snprintf(key, sizeof key, "%s_worst", fit_name[fit]);
-            line_number(&t, key, worst);
+            measure_member(&t, key, worst);
         }
-        line_end(&t);
+        measure_print(&t);
     }
 }
 
@@ -889,7 +876,7 @@ int main(int count, char **words)
     measure_device_json(&t, &device);
     measure_add(&t, ",\"toolchain\":");
     measure_string(&t, device.compiler);
-    line_end(&t);
+    measure_print(&t);
     for (int i = 0; i < opt.lengths && word_in(opt.tests, "speed"); i++)
         speed_at(list, n, opt.tokens[i]);
     for (int i = 0; i < n && word_in(opt.tests, "error"); i++) {

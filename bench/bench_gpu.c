@@ -105,19 +105,6 @@ static void subject_free(subject *s)
 
 /* ---- lines ----------------------------------------------------------------------------------------------------- */
 
-static void line_number(measure_text *t, const char *key, double value)
-{
-    measure_add(t, ",");
-    measure_number(t, key, value);
-}
-
-static void line_end(measure_text *t)
-{
-    printf("%s}\n", t->data);
-    fflush(stdout);
-    free(t->data);
-}
-
 /* Times are nanoseconds per token and head. */
 static measure_text line_new(const char *bench, subject *s, double median)
 {
@@ -126,8 +113,8 @@ static measure_text line_new(const char *bench, subject *s, double median)
     measure_text t = {NULL, 0, 0};
     measure_add(&t, "{\"bench\":\"%s\",\"contract\":\"%s\",\"variant\":\"%s\",\"target\":\"%s\",\"heads\":%lld", bench,
                 k->contract, kernel_suffix(k, s->variant), s->variant->target, (long long)s->args.heads);
-    line_number(&t, "ns_min", s->sample[0] / rows); /* sorted by the median */
-    line_number(&t, "ns_med", median / rows);
+    measure_member(&t, "ns_min", s->sample[0] / rows); /* sorted by the median */
+    measure_member(&t, "ns_med", median / rows);
     measure_add(&t, ",\"k\":%d", s->samples);
     return t;
 }
@@ -146,9 +133,9 @@ static void speed(const kernel *k, const nf_variant *v, const arrays *data, cons
         median = measure(&s);
         t = line_new("speed", &s, median);
         measure_add(&t, ",\"tokens\":%lld", (long long)tokens[i]);
-        line_number(&t, "tflops", 1e-12 * flops / median);
-        line_number(&t, "percent", 1e2 * flops / median / ceiling);
-        line_end(&t);
+        measure_member(&t, "tflops", 1e-12 * flops / median);
+        measure_member(&t, "percent", 1e2 * flops / median / ceiling);
+        measure_print(&t);
         subject_free(&s);
         growth = i + 1 < lengths ? pow((double)tokens[i + 1] / (double)tokens[i], k->op == EXACT ? 2 : 1) : 1;
     }
@@ -174,9 +161,9 @@ static void decode(const kernel *k, const nf_variant *v, const arrays *data, con
     median = measure(&s);
     t = line_new("decode", &s, median);
     measure_add(&t, ",\"cached\":%lld", (long long)(kernel_stateful(k) ? 0 : CACHED));
-    line_number(&t, "gbs", 1e-9 * bytes / median);
-    line_number(&t, "percent", 1e2 * bytes / median / ceiling);
-    line_end(&t);
+    measure_member(&t, "gbs", 1e-9 * bytes / median);
+    measure_member(&t, "percent", 1e2 * bytes / median / ceiling);
+    measure_print(&t);
     subject_free(&s);
 }
 
@@ -184,8 +171,8 @@ static void ceiling_line(const char *what, double value)
 {
     measure_text t = {NULL, 0, 0};
     measure_add(&t, "{\"bench\":\"ceiling\",\"what\":\"%s\"", what);
-    line_number(&t, "value", value);
-    line_end(&t);
+    measure_member(&t, "value", value);
+    measure_print(&t);
 }
 
 /* ---- command line ---------------------------------------------------------------------------------------------- */
@@ -231,7 +218,7 @@ int main(int count, char **words)
     measure_device_json(&t, &device);
     measure_add(&t, ",\"toolchain\":");
     measure_string(&t, device.compiler);
-    line_end(&t);
+    measure_print(&t);
     copied = device_copy_rate();
     products = device_product_rate(device.units);
     ceiling_line("copy, GB/s", 1e-9 * copied);

@@ -344,6 +344,21 @@ MEASURE_FN void measure_number(measure_text *t, const char *key, double value)
         measure_add(t, "\"%s\":null", key);
 }
 
+/* One more number of an object. */
+MEASURE_FN void measure_member(measure_text *t, const char *key, double value)
+{
+    measure_add(t, ",");
+    measure_number(t, key, value);
+}
+
+/* The object as a line on stdout. */
+MEASURE_FN void measure_print(measure_text *t)
+{
+    printf("%s}\n", t->data);
+    fflush(stdout);
+    free(t->data);
+}
+
 MEASURE_FN void measure_device_json(measure_text *t, const measure_device *d)
 {
     measure_add(t, "{\"backend\":\"%s\",\"vendor\":\"%s\",\"arch\":\"%s\",\"name\":", d->backend, d->vendor, d->arch);
