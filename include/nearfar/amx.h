@@ -11,7 +11,7 @@
 #if defined(__x86_64__) && defined(__linux__) && \
     ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
 #define NF_AMX __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16")))
-#define NF_IF_AMX(function) function
+#define NF_IF_amx(function) function
 
 /* Has the process the permission (bit 18)? Every processor with these tiles has the parts of AVX-512 used here. */
 NF_UNUSED static int nf_supports_amx(void)
@@ -177,7 +177,7 @@ NF_INLINE NF_AMX void nf_amx_turn(uint16_t *b, int b_stride, const uint16_t *a, 
                              (const float *)(const void *)a + i * a_stride + p, a_stride, 16);
 }
 #else
-#define NF_IF_AMX(function) 0
+#define NF_IF_amx(function) 0
 NF_UNUSED static int nf_supports_amx(void)
 {
     return 0;

@@ -779,14 +779,15 @@ NF_DEVICE nf_fragment nf_operand_f16(nf_sums *c)
 typedef struct nf_work {
     nf_plan plan; /* its `contract` is the host's: kernels read the copy below */
     nf_contract contract;
-    int part;       /* what to do, one of the operator's */
-    int64_t first;  /* the launch's first segment; block (x, y) does segment first + y of unit begin + x */
-    int64_t length; /* tokens of a segment */
-    int64_t round;  /* rounds of segments so far */
-    int64_t count;  /* segments of a round, for which there are slots; of operators without: blocks along y */
-    float *slots;   /* in the workspace */
-    int *verdict;   /* in the workspace: 0 where a block of the pattern's check found a fault; NULL: no check */
-    void *dst;      /* of a merge, from a and b */
+    nf_pattern pattern; /* of operators over one: args.pattern is the host's */
+    int part;           /* what to do, one of the operator's */
+    int64_t first;      /* the launch's first segment; block (x, y) does segment first + y of unit begin + x */
+    int64_t length;     /* tokens of a segment */
+    int64_t round;      /* rounds of segments so far */
+    int64_t count;      /* segments of a round, for which there are slots; of operators without: blocks along y */
+    float *slots;       /* in the workspace */
+    int *verdict;       /* in the workspace: 0 where a block of the pattern's check found a fault; NULL: no check */
+    void *dst;          /* of a merge, from a and b */
     const void *a, *b;
 } nf_work;
 

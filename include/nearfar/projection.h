@@ -426,20 +426,4 @@ NF_BOTH float nf_exponent(float x, float limit)
 #define NF_SUM_LIMIT 65536.0f
 #define NF_REFERENCE_LAG 8.0f
 
-/* Bring z and S (laid out as nf_state_copy says) from the references r to those in `to`. Whole numbers: the factors are
- * powers of two, exact. */
-NF_UNUSED static void nf_rescale(float *r, float *z, float *s, int m, int width, int panel, const float *to)
-{
-    for (int i = 0; i < m; i++) {
-        const float factor = nf_power_of_two(r[i] - to[i]);
-        if (to[i] > r[i]) {
-            z[i] *= factor;
-            for (int v0 = 0; v0 < width; v0 += panel)
-                for (int d = 0; d < panel; d++)
-                    s[v0 * m + i * panel + d] *= factor;
-        }
-        r[i] = to[i];
-    }
-}
-
 #endif /* NF_PROJECTION_READY */

@@ -15,18 +15,27 @@
 #define NF_UNROLL_BY_4 _Pragma("GCC unroll 4")
 #endif
 
-/* The operations that compilers do on vectors of their own accord. */
+/* What compilers do on vectors of their own accord. */
 #define NF_NOTHING
-#define NF_ARITHMETIC(attributes, type, add, sub, mul) \
-    NF_INLINE attributes type add(type a, type b) \
+#define NF_VECTOR(attributes, set) \
+    typedef float set##_unaligned __attribute__((vector_size(sizeof(set##_t)), aligned(4), may_alias)); \
+    NF_INLINE attributes set##_t set##_load(const float *p) \
+    { \
+        return *(const set##_unaligned *)(const void *)p; \
+    } \
+    NF_INLINE attributes void set##_store(float *p, set##_t x) \
+    { \
+        *(set##_unaligned *)(void *)p = x; \
+    } \
+    NF_INLINE attributes set##_t set##_add(set##_t a, set##_t b) \
     { \
         return a + b; \
     } \
-    NF_INLINE attributes type sub(type a, type b) \
+    NF_INLINE attributes set##_t set##_sub(set##_t a, set##_t b) \
     { \
         return a - b; \
     } \
-    NF_INLINE attributes type mul(type a, type b) \
+    NF_INLINE attributes set##_t set##_mul(set##_t a, set##_t b) \
     { \
         return a * b; \
     }
@@ -52,16 +61,7 @@
 #define NF_ALL16 ((__mmask16)0xffff)
 #define NF_ALL8 ((__mmask8)0xff)
 typedef __m512 nf_v16_t;
-
-NF_INLINE NF_V16 nf_v16_t nf_v16_load(const float *p)
-{
-    return _mm512_loadu_ps(p);
-}
-
-NF_INLINE NF_V16 void nf_v16_store(float *p, nf_v16_t x)
-{
-    _mm512_storeu_ps(p, x);
-}
+NF_VECTOR(NF_V16, nf_v16)
 
 /* Load or store n lanes, n a constant of any size: a whole vector, or what is left of a row. */
 NF_INLINE NF_V16 nf_v16_t nf_v16_get(const float *p, int n)
@@ -81,8 +81,6 @@ NF_INLINE NF_V16 nf_v16_t nf_v16_set(float x)
 {
     return _mm512_set1_ps(x);
 }
-
-NF_ARITHMETIC(NF_V16, nf_v16_t, nf_v16_add, nf_v16_sub, nf_v16_mul)
 
 NF_INLINE NF_V16 nf_v16_t nf_v16_fma(nf_v16_t a, nf_v16_t b, nf_v16_t c)
 {
@@ -190,16 +188,7 @@ NF_INLINE NF_V16 nf_v16_t nf_v16_floor(nf_v16_t x)
 #define NF_V8 __attribute__((target("avx2,fma,f16c")))
 #define NF_V8_LANES 8
 typedef __m256 nf_v8_t;
-
-NF_INLINE NF_V8 nf_v8_t nf_v8_load(const float *p)
-{
-    return _mm256_loadu_ps(p);
-}
-
-NF_INLINE NF_V8 void nf_v8_store(float *p, nf_v8_t x)
-{
-    _mm256_storeu_ps(p, x);
-}
+NF_VECTOR(NF_V8, nf_v8)
 
 NF_INLINE NF_V8 __m256i nf_v8_below(int n)
 {
@@ -223,8 +212,6 @@ NF_INLINE NF_V8 nf_v8_t nf_v8_set(float x)
 {
     return _mm256_set1_ps(x);
 }
-
-NF_ARITHMETIC(NF_V8, nf_v8_t, nf_v8_add, nf_v8_sub, nf_v8_mul)
 
 NF_INLINE NF_V8 nf_v8_t nf_v8_fma(nf_v8_t a, nf_v8_t b, nf_v8_t c)
 {
@@ -321,25 +308,13 @@ typedef float nf_v4_t __attribute__((vector_size(16)));
 typedef int32_t nf_v4_int __attribute__((vector_size(16)));
 typedef uint32_t nf_v4_bits __attribute__((vector_size(16)));
 #endif
-typedef float nf_v4_unaligned __attribute__((vector_size(16), aligned(4), may_alias));
-
-NF_INLINE nf_v4_t nf_v4_load(const float *p)
-{
-    return *(const nf_v4_unaligned *)(const void *)p;
-}
-
-NF_INLINE void nf_v4_store(float *p, nf_v4_t x)
-{
-    *(nf_v4_unaligned *)(void *)p = x;
-}
+NF_VECTOR(NF_NOTHING, nf_v4)
 
 NF_INLINE nf_v4_t nf_v4_set(float x)
 {
     const nf_v4_t y = {x, x, x, x};
     return y;
 }
-
-NF_ARITHMETIC(NF_NOTHING, nf_v4_t, nf_v4_add, nf_v4_sub, nf_v4_mul)
 
 NF_INLINE float nf_v4_sum(nf_v4_t x)
 {
@@ -505,40 +480,32 @@ NF_INLINE void nf_v4_put(float *p, nf_v4_t x, int n)
 
 /* What this processor has. A target that was not compiled in is not there; its functions are null. */
 #if defined(NF_X86)
-#define NF_IF_X86(function) function
-NF_UNUSED static int nf_supports_avx512(void)
-{
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
-}
-
-NF_UNUSED static int nf_supports_avx2(void)
-{
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
+#define NF_IF_avx512(what) what
+#define NF_IF_avx2(what) what
 #else
-#define NF_IF_X86(function) 0
-NF_UNUSED static int nf_supports_avx512(void)
-{
-    return 0;
-}
-
-NF_UNUSED static int nf_supports_avx2(void)
-{
-    return 0;
-}
+#define NF_IF_avx512(what) 0
+#define NF_IF_avx2(what) 0
 #endif
-#define NF_IF_AVX512 NF_IF_X86
-#define NF_IF_AVX2 NF_IF_X86
-
 #if defined(NF_NEON)
-#define NF_IF_NEON(function) function
+#define NF_IF_neon(what) what
 #else
-#define NF_IF_NEON(function) 0
+#define NF_IF_neon(what) 0
 #endif
+#define NF_IF_c(what) what
+
+NF_UNUSED static int nf_supports_avx512(void)
+{
+    return NF_IF_avx512(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"));
+}
+
+NF_UNUSED static int nf_supports_avx2(void)
+{
+    return NF_IF_avx2(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
+}
 
 NF_UNUSED static int nf_supports_neon(void)
 {
-    return NF_IF_NEON(1) != 0;
+    return NF_IF_neon(1);
 }
 
 NF_UNUSED static int nf_supports_c(void)
