@@ -1,5 +1,4 @@
-/* ---- matrix tiles of bf16: Intel AMX
- * ---------------------------------------------------------------------------------
+/* ---- matrix tiles of bf16: Intel AMX ----
  *
  * A tile is 16 rows of 64 bytes. A product of tiles takes A as rows of 32 bf16, B as 16 rows of 16 pairs (B[k / 2][n][k
  * % 2]) and adds to C, 16 x 16 floats. Rows that straddle cache lines load four times slower: everything is aligned to

@@ -1,4 +1,4 @@
-/* ---- arguments: checked and resolved before any work ------------------------------------------------------------- */
+/* ---- arguments: checked and resolved before any work ---- */
 #ifndef NF_ARGS_READY
 #define NF_ARGS_READY
 
@@ -49,15 +49,6 @@ typedef struct nf_contract {
                   const nf_state_unit *a, const nf_state_unit *b);
 } nf_contract;
 
-/* The backward's side of a unit, all strides resolved. */
-typedef struct nf_unit_grads {
-    const void *out, *dout;
-    const float *lse, *dlse; /* dlse may be NULL */
-    void *dq, *dk, *dv;
-    int64_t out_stride, dout_stride, dq_stride, dk_stride, dv_stride; /* elements from token to token */
-    int64_t out_head, dout_head, dq_head;                             /* elements from query head to query head */
-} nf_unit_grads;
-
 /* One unit of work: the queries of one group of heads against their kv head, all strides resolved. */
 typedef struct nf_unit {
     const void *q, *k, *v;
@@ -72,7 +63,7 @@ typedef struct nf_unit {
     uint32_t flags;
     const void *projection;
     nf_state_unit *state;
-    const nf_unit_grads *grads; /* NULL in a forward */
+    const nf_grads *grads; /* the unit's, with token_stride and head_stride as in nf_args; NULL in a forward */
     /* of operators over a pattern */
     const struct nf_pattern *pattern;
     int64_t first_head;           /* the group's first query head: index into what the pattern holds per head */
@@ -147,22 +138,6 @@ NF_BOTH_INLINE double nf_log(double x)
     m = 2 * s *
         (1 + s2 * (1.0 / 3 + s2 * (1.0 / 5 + s2 * (1.0 / 7 + s2 * (1.0 / 9 + s2 * (1.0 / 11 + s2 * (1.0 / 13)))))));
     return m + 0.69314718055994531 * (double)exponent;
-}
-
-/* e^x of x <= 0 (of NaN: 0), relative error below 1e-14, without libm. */
-NF_BOTH double nf_exp(double x)
-{
-    const double y = x > -700 ? x * 1.4426950408889634 : -1010;
-    const int64_t whole = -(int64_t)(0.5 - y);
-    const double f = 0.69314718055994531 * (y - (double)whole);
-    const uint64_t bits = (uint64_t)(whole + 1023) << 52;
-    double sum = 1, power;
-    if (!(x > -700))
-        return 0;
-    for (int i = 14; i > 0; i--)
-        sum = 1 + sum * f / i;
-    __builtin_memcpy(&power, &bits, sizeof power);
-    return sum * power;
 }
 
 /* ln of den * 2^exponent, plus shift; -inf for an empty sum. */
@@ -586,7 +561,7 @@ NF_BOTH size_t nf_offset(const nf_contract *c, int64_t batch, int64_t token, int
      nf_offset(c, batch, first, head, (tensor).batch_stride, (tensor).token_stride, (tensor).head_stride))
 
 /* The unit of a plan. */
-NF_BOTH nf_unit nf_unit_at(const nf_contract *c, const nf_plan *p, int64_t unit, nf_unit_grads *grads)
+NF_BOTH nf_unit nf_unit_at(const nf_contract *c, const nf_plan *p, int64_t unit, nf_grads *grads)
 {
     const nf_args *a = &p->args;
     const int64_t entry = unit / a->kv_heads, h = unit % a->kv_heads, batch = a->cu_tokens ? 0 : entry;
@@ -628,23 +603,17 @@ NF_BOTH nf_unit nf_unit_at(const nf_contract *c, const nf_plan *p, int64_t unit,
         u.near_value = u.near_key + (p->globals + p->ring) * c->dim;
     }
     if (p->grads && grads) {
-        const nf_grads *g = p->grads;
-        __builtin_memset(grads, 0, sizeof *grads);
-        grads->out_stride = g->out.token_stride, grads->dout_stride = g->dout.token_stride;
-        grads->dq_stride = g->dq.token_stride, grads->dk_stride = g->dk.token_stride;
-        grads->dv_stride = g->dv.token_stride;
-        grads->out_head = g->out.head_stride, grads->dout_head = g->dout.head_stride;
-        grads->dq_head = g->dq.head_stride;
+        *grads = *p->grads;
         if (u.q_tokens) {
-            grads->out = NF_AT(const char *, g->out, head);
-            grads->dout = NF_AT(const char *, g->dout, head);
-            grads->dq = NF_AT(char *, g->dq, head);
-            grads->lse = g->lse + row;
-            grads->dlse = g->dlse ? g->dlse + row : NULL;
+            grads->out.data = NF_AT(const char *, grads->out, head);
+            grads->dout.data = NF_AT(const char *, grads->dout, head);
+            grads->dq.data = NF_AT(char *, grads->dq, head);
+            grads->lse += row;
+            grads->dlse = grads->dlse ? grads->dlse + row : NULL;
         }
         if (u.kv_tokens) {
-            grads->dk = NF_AT(char *, g->dk, h);
-            grads->dv = NF_AT(char *, g->dv, h);
+            grads->dk.data = NF_AT(char *, grads->dk, h);
+            grads->dv.data = NF_AT(char *, grads->dv, h);
         }
         u.grads = grads;
     }
@@ -656,7 +625,7 @@ NF_BOTH nf_unit nf_unit_at(const nf_contract *c, const nf_plan *p, int64_t unit,
 NF_UNUSED static void nf_run(const nf_plan *p, nf_unit_fn run, void *workspace)
 {
     for (int64_t unit = p->begin; unit < p->end; unit++) {
-        nf_unit_grads grads;
+        nf_grads grads;
         const nf_unit u = nf_unit_at(p->contract, p, unit, &grads);
         run(&u, workspace);
         if (u.state)

@@ -1,4 +1,4 @@
-/* ---- nearfar core: what every kernel shares ------------------------------------------------------------------------
+/* ---- nearfar core: what every kernel shares ----
  *
  * One argument struct for every operator and backend; zero means default. Packed sequences stand behind one another in
  * one batch entry, sequence s from cu_tokens[s] to cu_tokens[s + 1].

@@ -1,5 +1,4 @@
-/* ---- the far field of a state: copied, moved to other references, merged ------------------------------------------
- */
+/* ---- the far field of a state: copied, moved to other references, merged ---- */
 #ifndef NF_FAR_STATE_READY
 #define NF_FAR_STATE_READY
 
@@ -45,17 +44,14 @@ NF_UNUSED static void nf_rescale(float *r, float *z, float *s, int m, int width,
     }
 }
 
-/* to = a + b of one unit, feature by feature on the larger of both references, a having decayed over b's tokens; `to`
- * may be a or b. */
-NF_UNUSED static void nf_far_merge(const nf_contract *c, const nf_state_head *head, nf_state_unit *to,
-                                   const nf_state_unit *a, const nf_state_unit *b)
+/* to = left a + b of one unit, feature by feature on the larger of both references; `to` may be a or b. */
+static void nf_far_join(const nf_contract *c, nf_state_unit *to, const nf_state_unit *a, const nf_state_unit *b,
+                        float left)
 {
     const int m = (int)c->features, dim = (int)c->values;
-    const float left = (float)nf_exp((double)a->decay * (double)b->tokens);
     const float *x = (const float *)(const void *)(a + 1), *y = (const float *)(const void *)(b + 1);
     float *sums = (float *)(void *)(to + 1);
     const float top = x[0] > y[0] ? x[0] : y[0];
-    (void)head;
     to->mass = a->mass * nf_power_of_two(x[0] - top) + b->mass * nf_power_of_two(y[0] - top);
     for (int i = 0; i < m; i++) {
         const float r = x[i] > y[i] ? x[i] : y[i];
@@ -65,6 +61,13 @@ NF_UNUSED static void nf_far_merge(const nf_contract *c, const nf_state_head *he
         for (int d = 0; d < dim; d++)
             sums[2 * m + i * dim + d] = x[2 * m + i * dim + d] * fa + y[2 * m + i * dim + d] * fb;
     }
+}
+
+NF_UNUSED static void nf_far_merge(const nf_contract *c, const nf_state_head *head, nf_state_unit *to,
+                                   const nf_state_unit *a, const nf_state_unit *b)
+{
+    (void)head;
+    nf_far_join(c, to, a, b, 1);
 }
 
 #endif /* NF_FAR_STATE_READY */

@@ -515,8 +515,7 @@ NF_DEVICE void nf_store8(uint16_t *p, const uint16_t *x)
     nf_store4((float *)(void *)p, y);
 }
 
-/* ---- fragments: tiles of 16 x 16 on the matrix units
- * ------------------------------------------------------------------
+/* ---- fragments: tiles of 16 x 16 on the matrix units ----
  *
  * One product for all: c [16][16] += a [16][16] b [16][16], a and b of 16-bit numbers, spread over the lanes of a warp
  * as the vendors document it: NF_SM80, PTX ISA "matrix fragments for mma.m16n8k16"; NF_CDNA, CDNA3 ISA "matrix
@@ -773,7 +772,7 @@ NF_DEVICE nf_fragment nf_operand_f16(nf_sums *c)
 }
 #endif /* NF_FRAGMENTS */
 
-/* ---- launches ---------------------------------------------------------------------------------------------------- */
+/* ---- launches ---- */
 
 /* What a kernel gets, by value: a checked call, and which part of it this launch does. */
 typedef struct nf_work {
@@ -890,7 +889,7 @@ NF_UNUSED static nf_status nf_launch(nf_kernel kernel, const nf_work *work, int6
 
 #endif
 
-/* ---- a block's unit ---------------------------------------------------------------------------------------------- */
+/* ---- a block's unit ---- */
 
 NF_DEVICE float nf_nan(void)
 {

@@ -1,4 +1,4 @@
-/* ---- patterns on a GPU: checked there, and walked along by the blocks of a launch -----------------------------------
+/* ---- patterns on a GPU: checked there, and walked along by the blocks of a launch ----
  *
  * args->pattern is the host's, the numbers that it points to are the GPU's. A block takes a chunk of rows, which all
  * see much the same keys; what they see is a few lists that can be indexed, and of every key an interval of rows. So

@@ -1,5 +1,4 @@
-/* ---- the near field of a state: merged ----------------------------------------------------------------------------
- */
+/* ---- the near field of a state: merged ---- */
 #ifndef NF_NEAR_STATE_READY
 #define NF_NEAR_STATE_READY
 

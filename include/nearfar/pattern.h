@@ -1,5 +1,4 @@
-/* ---- patterns: which keys a query sees -----------------------------------------------------------------------------
- */
+/* ---- patterns: which keys a query sees ---- */
 #ifndef NF_PATTERN_READY
 #define NF_PATTERN_READY
 

@@ -1,5 +1,4 @@
-/* ---- patterns: checked and resolved before any work
- * ------------------------------------------------------------------ */
+/* ---- patterns: checked and resolved before any work ---- */
 #ifndef NF_PATTERN_CHECK_READY
 #define NF_PATTERN_CHECK_READY
 

@@ -1,4 +1,4 @@
-/* ---- patterns: how much they let a query see, and the named ones ----------------------------------------------------
+/* ---- patterns: how much they let a query see, and the named ones ----
  *
  * Lengths are in tokens unless said otherwise, `block` is the contract's B. A pattern holds pointers into memory that
  * stays the caller's.

@@ -1,4 +1,4 @@
-/* ---- vectors: one small vocabulary per instruction set -------------------------------------------------------------
+/* ---- vectors: one small vocabulary per instruction set ----
  *
  * nf_<set>_t is a vector of NF_<SET>_LANES floats; + - * / work on it. fma, max and the conversion inside exp2 are
  * intrinsics: no compiler flag (-ffast-math, -ffp-contract) can change what they mean. NaN passes through max(a, b)
@@ -40,12 +40,16 @@
         return a * b; \
     }
 
-/* 2^f on [-1/2, 1/2] by a polynomial with c0 = 1: relative error 1.7e-7, exact at 0. */
-#define NF_EXP2_C1 6.9314697760e-1f
-#define NF_EXP2_C2 2.4022242080e-1f
-#define NF_EXP2_C3 5.5507337440e-2f
-#define NF_EXP2_C4 9.6715127100e-3f
-#define NF_EXP2_C5 1.3264727260e-3f
+/* 2^f on [-1/2, 1/2] by a polynomial: relative error 1.7e-7, exact at 0. */
+#define NF_POWER(attributes, set) \
+    NF_INLINE attributes set##_t set##_power(set##_t f) \
+    { \
+        set##_t p = set##_fma(f, set##_set(1.3264727260e-3f), set##_set(9.6715127100e-3f)); \
+        p = set##_fma(p, f, set##_set(5.5507337440e-2f)); \
+        p = set##_fma(p, f, set##_set(2.4022242080e-1f)); \
+        p = set##_fma(p, f, set##_set(6.9314697760e-1f)); \
+        return set##_fma(p, f, set##_set(1.0f)); \
+    }
 
 /* What is below 2^-126 counts as 2^-126: no denormals, and beside a sum of at least 1 it does not count. */
 #define NF_EXP2_LOWEST (-126.0f)
@@ -218,6 +222,8 @@ NF_INLINE NF_V8 nf_v8_t nf_v8_fma(nf_v8_t a, nf_v8_t b, nf_v8_t c)
     return _mm256_fmadd_ps(a, b, c);
 }
 
+NF_POWER(NF_V8, nf_v8)
+
 NF_INLINE NF_V8 nf_v8_t nf_v8_max(nf_v8_t a, nf_v8_t b)
 {
     return _mm256_max_ps(a, b);
@@ -246,12 +252,7 @@ NF_INLINE NF_V8 nf_v8_t nf_v8_exp2(nf_v8_t x)
     const nf_v8_t y = _mm256_max_ps(_mm256_set1_ps(NF_EXP2_LOWEST), _mm256_min_ps(_mm256_set1_ps(NF_EXP2_HIGHEST), x));
     const __m256i n = _mm256_cvtps_epi32(y);
     const nf_v8_t f = y - _mm256_cvtepi32_ps(n);
-    nf_v8_t p = _mm256_set1_ps(NF_EXP2_C5);
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(NF_EXP2_C4));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(NF_EXP2_C3));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(NF_EXP2_C2));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(NF_EXP2_C1));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1.0f));
+    const nf_v8_t p = nf_v8_power(f);
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(n, 23)));
 }
 
@@ -347,6 +348,8 @@ NF_INLINE nf_v4_t nf_v4_fma(nf_v4_t a, nf_v4_t b, nf_v4_t c)
     return vfmaq_f32(c, a, b);
 }
 
+NF_POWER(NF_NOTHING, nf_v4)
+
 NF_INLINE nf_v4_t nf_v4_max(nf_v4_t a, nf_v4_t b)
 {
     return vmaxq_f32(a, b);
@@ -362,12 +365,7 @@ NF_INLINE nf_v4_t nf_v4_exp2(nf_v4_t x)
     const nf_v4_t y = vmaxq_f32(vdupq_n_f32(NF_EXP2_LOWEST), vminq_f32(vdupq_n_f32(NF_EXP2_HIGHEST), x));
     const int32x4_t n = vcvtnq_s32_f32(y);
     const nf_v4_t f = vsubq_f32(y, vcvtq_f32_s32(n));
-    nf_v4_t p = vdupq_n_f32(NF_EXP2_C5);
-    p = vfmaq_f32(vdupq_n_f32(NF_EXP2_C4), p, f);
-    p = vfmaq_f32(vdupq_n_f32(NF_EXP2_C3), p, f);
-    p = vfmaq_f32(vdupq_n_f32(NF_EXP2_C2), p, f);
-    p = vfmaq_f32(vdupq_n_f32(NF_EXP2_C1), p, f);
-    p = vfmaq_f32(vdupq_n_f32(1.0f), p, f);
+    const nf_v4_t p = nf_v4_power(f);
     return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), vshlq_n_s32(n, 23)));
 }
 
@@ -424,6 +422,8 @@ NF_INLINE nf_v4_t nf_v4_fma(nf_v4_t a, nf_v4_t b, nf_v4_t c)
     return nf_v4_add(nf_v4_mul(a, b), c);
 }
 
+NF_POWER(NF_NOTHING, nf_v4)
+
 /* Beyond 2^23 every float is whole. */
 NF_INLINE nf_v4_t nf_v4_floor(nf_v4_t x)
 {
@@ -443,12 +443,7 @@ NF_INLINE nf_v4_t nf_v4_exp2(nf_v4_t x)
     const nf_v4_t y = nf_v4_max(nf_v4_set(NF_EXP2_LOWEST), nf_v4_min(nf_v4_set(NF_EXP2_HIGHEST), x));
     const nf_v4_int biased = nf_v4_to_int(nf_v4_add(y, nf_v4_set(127.5f)));
     const nf_v4_t f = nf_v4_sub(y, nf_v4_sub(nf_v4_to_float(biased), nf_v4_set(127.0f)));
-    nf_v4_t p = nf_v4_fma(f, nf_v4_set(NF_EXP2_C5), nf_v4_set(NF_EXP2_C4));
-    p = nf_v4_fma(p, f, nf_v4_set(NF_EXP2_C3));
-    p = nf_v4_fma(p, f, nf_v4_set(NF_EXP2_C2));
-    p = nf_v4_fma(p, f, nf_v4_set(NF_EXP2_C1));
-    p = nf_v4_fma(p, f, nf_v4_set(1.0f));
-    return nf_v4_mul(p, nf_v4_exponents(biased));
+    return nf_v4_mul(nf_v4_power(f), nf_v4_exponents(biased));
 }
 
 NF_INLINE void nf_v4_transpose(float *dst, int dst_stride, const float *src, int src_stride, int dims)

@@ -1,5 +1,4 @@
-/* ---- states: made and merged --------------------------------------------------------------------------------------
- */
+/* ---- states: made and merged ---- */
 #ifndef NF_STATE_READY
 #define NF_STATE_READY
 
