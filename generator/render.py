@@ -141,7 +141,13 @@ def render(recipe: Recipe, root: Path = ROOT) -> str:
     """The header's text."""
     lanes = {name: target.lanes for name, target in targets(recipe.backend).items()}
     variants = [
-        {**asdict(v), "suffix": v.suffix, "name": f"{recipe.kernel}_{v.suffix}", "lanes": lanes[v.target], "width": v.x * lanes[v.target]}
+        {
+            **asdict(v),
+            "suffix": v.suffix,
+            "name": f"{recipe.kernel}_{v.suffix}",
+            "lanes": lanes[v.target],
+            "width": v.x * lanes[v.target],
+        }
         for v in recipe.variants
     ]
     text: str = (
