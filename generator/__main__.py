@@ -16,6 +16,7 @@ from .contract import BACKENDS, OPERATORS, Contract, contracts, parse, shown
 from .render import ROOT, Recipe, add_recipe_arguments, check, recipes, render, write
 from .space import TARGETS, default, space, targets
 
+COMMON = {"d": 64, "m": 128, "b": 64}  # numbers of contracts that stand for their operator
 ABOUT = """\
 nearfar makes attention kernels: small, specialised single headers in C, and finds out which variant is fastest here.
 
@@ -101,16 +102,24 @@ def list_operators() -> None:
         print(f"  {operator.pattern(name)}: {operator.text}")
         for number in operator.numbers:
             print(f"      {number.letter}  {number.text}: {number.rule}")
-        some = next(contracts(name))
-        print(f"      such as {some.name}; variants: {counts(some)}")
+        for dtype in operator.dtypes:
+            numbers = {n.letter: COMMON[n.letter] for n in operator.numbers if not n.optional}
+            some = Contract(name, operator.maps[0] if operator.maps else "", dtype, **numbers)
+            print(f"      such as {some.name}: {runs_on(some)}")
     print("targets, in the order in which a header prefers them")
     for backend in BACKENDS:
         for target in TARGETS[backend]:
-            print(f"  {backend} {target.name:7} needs {target.needs}")
+            print(f"  {backend + ' ' + target.name:11} needs {target.needs}")
     ready = sorted((ROOT / "generated").glob("*.h"))
     print("ready made in generated/" if ready else "ready made in generated/: none")
     for path in ready:
         print(f"  {path.name}")
+
+
+def runs_on(contract: Contract) -> str:
+    """The targets that have it: cpu none, cuda sm80 simt, hip simt."""
+    found = {backend: [v.target for v in default(contract, backend)] for backend in BACKENDS}
+    return ", ".join(f"{backend} {' '.join(names or ['none'])}" for backend, names in found.items())
 
 
 def counts(contract: Contract) -> str:

@@ -27,6 +27,7 @@ OUTPUT = ROOT / "tuned"
 RECORDS = OUTPUT / "records.jsonl"
 RESULTS = OUTPUT / "bench.jsonl"
 TUNED = ("favor_cosh_f32_d32_m128", "favor_cosh_f32_d64_m128", "exact_f32_d64")
+GPU_TUNED = ("favor_cosh_bf16_d64_m128", "hybrid_cosh_bf16_d64_m128_b64", "exact_bf16_d64")
 STANDING = report.GOAL_CONTRACTS
 INPUTS = (ROOT / "tests" / "data" / "minilm_first", ROOT / "tests" / "data" / "minilm_last")
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 16384)
@@ -69,9 +70,10 @@ def add_tune(commands: Any) -> None:
         "measure them, on real attention inputs too. Takes about two minutes. Everything is written to tuned/;\n"
         "tuned/records.jsonl is what `generate --tuned` reads.",
         epilog="examples: ./nearfar tune favor_cosh_f32_d64_m256 --input my_arrays --budget 120 --tokens 2048\n"
-        "          ./nearfar tune favor_cosh_f32_d64_m128 --backend cuda",
+        "          ./nearfar tune favor_cosh_bf16_d64_m128 --backend cuda",
     )
-    parser.add_argument("contracts", nargs="*", metavar="CONTRACT", help=f"default: {' '.join(TUNED)}")
+    defaults = f"default: {' '.join(TUNED)}; on a GPU, where 16 bits are common, {' '.join(GPU_TUNED)}"
+    parser.add_argument("contracts", nargs="*", metavar="CONTRACT", help=defaults)
     add_backend(parser)
     parser.add_argument(
         "--input", metavar="DIR", help="q.npy, k.npy, v.npy [batch, token, head, dim] of your own (cpu)"
@@ -295,7 +297,7 @@ def raw_inputs(folders: list[Path]) -> Iterator[list[str]]:
 
 
 def tune(args: argparse.Namespace) -> int:
-    contracts = chosen(args.contracts, TUNED, args.backend)
+    contracts = chosen(args.contracts, TUNED if args.backend == "cpu" else GPU_TUNED, args.backend)
     args.seconds, args.lengths = seconds("--budget", args.budget), numbers("--tokens", args.tokens)
     on_cpu = args.backend == "cpu"
     if args.input and not on_cpu:

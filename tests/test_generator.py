@@ -207,7 +207,6 @@ def test_variants_of_a_gpu() -> None:
         (FAVOR.name, "simt_c8_r16x1_s64", "1024 threads of a block must be a multiple of 32 up to 512"),
         (FAVOR.name, "simt_c64_r4x1_s64", "bytes of shared memory, at most 65536"),
         ("favor_cosh_f32_d64_m512", "simt_c8_r2x1_s64", "128 threads with 256 floats of the state each"),
-        ("favor_trig_f32_d64_m128", "simt_c16_r4x1", "cuda has favor, linear,"),
         (FAVOR.name, "avx2_c48_r6x2", "field 'target' = 'avx2': must be sm80 or simt"),
         (FAVOR.name, "sm80_c64_r1x1_s64", "sm80 runs favor or exact or sparse in bf16 or f16, not favor_cosh_f32"),
         ("favor_cosh_bf16_d64_m128", "sm80_c80_r1x1_s64", "rows of w of c = 80, at most 64"),
@@ -229,6 +228,45 @@ def test_wrong_variants_of_a_gpu(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "backend", "line"),
+    [
+        ("exact_bf16_d64", "cpu", "field 'dtype' = 'bf16': must be f32 on a CPU; cuda and hip have it"),
+        ("favor_trig_f32_d64_m128", "cuda", "field 'map' = 'trig': must be cosh or exp with cuda; the CPU has it"),
+        ("favor_relu_bf16_d64_v32_m1024", "hip", "field 'map' = 'relu': must be cosh or exp with hip"),
+        ("favor_exp_f16_d256_v32_m1024", "hip", "field 'v' = 32: must be left out with hip, where values are as wide"),
+        ("linear_elu_f32_d64_v128", "cuda", "field 'v' = 128: must be left out with cuda"),
+        (
+            "linear_elu_f32_d256",
+            "cuda",
+            "field 'd' = 256: must fit a GPU's registers and shared memory, as linear_elu_",
+        ),
+        (
+            "favor_cosh_f32_d256_m1024",
+            "cuda",
+            "fields 'd', 'm' = 256, 1024: must fit a GPU's registers and shared memory, as favor_cosh_f32_d",
+        ),
+    ],
+)
+def test_what_a_backend_has_not(
+    name: str, backend: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The cause is named; a contract that is named as the nearest is there."""
+    words = ["--backend", backend, "-o", str(tmp_path)]
+    assert main(["generate", name, *words]) == 2
+    error = capsys.readouterr().err
+    assert f"contract '{name}': {line}" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+    assert all(space.space(parse(other), backend) for other in re.findall(r"(?:as|or) (\w+_d\w+)", error))
+
+
+def test_what_is_said_to_be_on_a_cpu_only() -> None:
+    for contract in contracts():
+        if contract.d == 64 and contract.v in (0, 32) and contract.m in (0, 128) and contract.b in (0, 64):
+            plain = contract.operator == "favor" and contract.map in ("trig", "relu")
+            assert bool(space.space(contract, "cuda")) != (plain or contract.v > 0)
+
+
 def test_space_has_a_cap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(space.SPACE, ("exact", "cpu"), {"neon": {"4x4": (16,) * 40}})
     with pytest.raises(ValueError, match="at most 32"):
@@ -238,7 +276,7 @@ def test_space_has_a_cap(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("avx2", "must be written <target>_c<tokens>_r<rows>x<vectors>"),
+        ("avx2", "must be written <target>_c<tokens>_r<rows>x<vectors>[_s<tokens>], such as avx2_"),
         ("avx2_c32_r06x2", "must be written"),
         ("avx2_c32_r6x2@xyz", "must be written"),
         ("", "must be written"),
@@ -594,7 +632,7 @@ def test_committed_headers_are_what_their_recipes_make() -> None:
             ["tune", "--backend", "cuda", "--input", "x"],
             "option --input = 'x': errors on inputs of your own are judged",
         ),
-        (["pack", "favor_trig_f32_d64_m128", "--backend", "hip", "-o", "x"], "contract 'favor_trig_f32_d64_m128': hip"),
+        (["pack", "favor_trig_f32_d64_m128", "--backend", "hip", "-o", "x"], "field 'map' = 'trig': must be"),
         (
             ["generate", EXACT.name, "--colour"],
             "option or argument '--colour': is unknown (see ./nearfar generate --help)",
@@ -623,6 +661,7 @@ def test_list() -> None:
     for name, operator in OPERATORS.items():
         assert operator.pattern(name) in overview
     assert "avx512" in overview and "any processor" in overview
+    assert re.search(r"exact_bf16_d64: cpu none, cuda sm80 simt, hip gfx90a .*simt\n", overview)
     lines = run("list", "favor_*_f32_d64_m12[0-9]").stdout.splitlines()
     maps = OPERATORS["favor"].maps
     assert [line.split()[0] for line in lines] == [f"favor_{name}_f32_d64_m128" for name in maps]
