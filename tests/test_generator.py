@@ -260,6 +260,23 @@ def test_what_a_backend_has_not(
     assert all(space.space(parse(other), backend) for other in re.findall(r"(?:as|or) (\w+_d\w+)", error))
 
 
+@pytest.mark.parametrize("name", ["favor_exp_bf16_d64_m128", "linear_elu_f32_d8", "exact_f32_d8", "sparse_f32_d8_b16"])
+@pytest.mark.parametrize(("backend", "line"), [("cuda", "nvcc -O2 -arch="), ("hip", "hipcc -O2 --offload-arch=")])
+def test_the_manual_of_a_gpu(name: str, backend: str, line: str) -> None:
+    """The CPU's formula, how to compile, what is not there, and every function that is called otherwise."""
+    texts = {b: render.render(recipe(f"{name} --backend {b}")) for b in ("cpu", backend)}
+    manuals = {b: re.findall(r"/\* Manual\n(.*?) \*/", text, re.DOTALL)[0] for b, text in texts.items()}
+    formulas = {manual.split(" * Tensors")[0] for manual in manuals.values()}
+    manual = manuals[backend]
+    assert len(formulas) == 1 and "A_ij" in manual
+    assert line in manual and re.search(r"Without .*backward", manual) and "gradients" not in manual
+    assert ("args.eps" in manual) == ("_exp_" in name)
+    assert ("state_merge(args, dst, a, b)" in manual) == (
+        "_state_merge(const nf_args *args, void *dst" in texts[backend]
+    )
+    assert ("Matrix units" in manual) == ("bf16" in name)
+
+
 def test_what_is_said_to_be_on_a_cpu_only() -> None:
     for contract in contracts():
         if contract.d == 64 and contract.v in (0, 32) and contract.m in (0, 128) and contract.b in (0, 64):
