@@ -277,6 +277,21 @@ def test_the_manual_of_a_gpu(name: str, backend: str, line: str) -> None:
     assert ("Matrix units" in manual) == ("bf16" in name)
 
 
+def test_the_table_of_sizes() -> None:
+    """docs/gpu.md: the largest D of each row's contract that each target has."""
+    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    header, _, *rows = re.findall(r"^\| contract \|.*\n(?:\|.*\n)+", text, re.MULTILINE)[0].splitlines()
+    names = [name.strip() for name in header.split("|")[2:-1]]
+    assert {*names} == {target.name for backend in ("cuda", "hip") for target in space.TARGETS[backend]}
+    for row in rows:
+        pattern = row.split("`")[1]
+        largest: dict[str, object] = dict.fromkeys(names, "")
+        for d in range(8, OPERATORS[pattern.split("_")[0]].numbers[0].values[-1] + 1, 8):
+            for backend in ("cuda", "hip"):
+                largest.update((v.target, d) for v in default(parse(pattern.replace("<D>", str(d))), backend))
+        assert row == " | ".join([f"| `{pattern}`", *map(str, largest.values())]) + " |"
+
+
 def test_what_is_said_to_be_on_a_cpu_only() -> None:
     for contract in contracts():
         if contract.d == 64 and contract.v in (0, 32) and contract.m in (0, 128) and contract.b in (0, 64):
