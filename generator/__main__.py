@@ -37,6 +37,7 @@ class Parser(argparse.ArgumentParser):
         message = re.sub(
             r"argument COMMAND: invalid choice: ('.*') \(choose from (.*)\)", r"command \1: must be \2", message
         )
+        message = re.sub(r"argument (?:-./)?(-\S+): expected one argument", r"option \1: a value must follow", message)
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
@@ -74,8 +75,8 @@ def add_list(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser(
         "list",
         help="contracts and variants, with what each needs",
-        description="Without a glob: the operators, their limits and the headers in generated/. "
-        "With one: the contracts it matches; with the name of one contract: its variants.",
+        description="Without GLOB: the operators, their limits, what runs where, and the headers in generated/.\n"
+        "With a pattern: the contracts that it matches. With the name of one contract: its variants.",
         epilog="examples: ./nearfar list 'favor_*_d64_m128'\n          ./nearfar list exact_f32_d64",
     )
     parser.add_argument("glob", nargs="?", metavar="GLOB", help="a contract, or a pattern with * ? [..] in quotes")
@@ -88,7 +89,7 @@ def list_(args: argparse.Namespace) -> int:
     elif any(mark in args.glob for mark in "*?["):
         matching = [c for c in contracts() if fnmatch.fnmatchcase(c.name, args.glob)]
         if not matching:
-            raise UsageError(f"list: no contract matches {shown(args.glob)}: see ./nearfar list")
+            raise UsageError(f"argument GLOB = {shown(args.glob)}: no contract matches (see ./nearfar list)")
         for contract in matching:
             print(contract.name, counts(contract))
     else:
@@ -148,7 +149,7 @@ def add_check(commands: argparse._SubParsersAction[Parser]) -> None:
         "Says ok, stale (the generator changed), edited (the file was changed), not ours or missing.",
         epilog="example: ./nearfar check generated/*.h ../app/third_party/attention.h",
     )
-    parser.add_argument("files", nargs="+", metavar="FILE")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a header of nearfar")
     parser.set_defaults(run=check_files)
 
 

@@ -57,7 +57,9 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "report",
         help="draw the pictures of the last tune or bench",
-        description="Draw, from the last measurements: time against length, error against cost. Written to tuned/.",
+        description="Draw, from the last measurements of a CPU: time against length, error against cost. Written\n"
+        "to tuned/.",
+        epilog="example: ./nearfar report",
     )
     parser.set_defaults(run=guarded(draw_report))
 
@@ -66,9 +68,9 @@ def add_tune(commands: Any) -> None:
     parser = commands.add_parser(
         "tune",
         help="find the fastest variants on this machine",
-        description="Generate every variant, compile, verify against fp64, time, record, write the tuned headers and\n"
-        "measure them, on real attention inputs too. Takes about two minutes. Everything is written to tuned/;\n"
-        "tuned/records.jsonl is what `generate --tuned` reads.",
+        description="Generate every variant, compile, verify against fp64, time, record, and write the tuned headers;\n"
+        "on a CPU measure them, on real attention inputs too. Takes about two minutes. Everything is written\n"
+        "to tuned/; tuned/records.jsonl is what `generate --tuned` reads.",
         epilog="examples: ./nearfar tune favor_cosh_f32_d64_m256 --input my_arrays --budget 120 --tokens 2048\n"
         "          ./nearfar tune favor_cosh_bf16_d64_m128 --backend cuda",
     )
@@ -96,7 +98,7 @@ def add_pack(commands: Any) -> None:
         epilog="examples: ./nearfar pack favor_cosh_f32_d64_m128 exact_f32_d64 -o to_target\n"
         "          ./nearfar pack favor_cosh_f32_d64_m128 --backend cuda -o to_target",
     )
-    parser.add_argument("contracts", nargs="+", metavar="CONTRACT")
+    parser.add_argument("contracts", nargs="+", metavar="CONTRACT", help="such as favor_cosh_f32_d64_m128")
     add_backend(parser)
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="the folder to write")
     parser.set_defaults(run=guarded(pack))
@@ -421,7 +423,7 @@ def bench(args: argparse.Namespace) -> int:
     on_cpu = args.backend == "cpu"
     contracts = chosen(args.contracts, STANDING if on_cpu else gpu_standing(), args.backend)
     found = records.read(map(Path, args.tuned)) if args.tuned else None
-    lengths = numbers("--tokens", args.tokens) if args.tokens else list(LENGTHS if on_cpu else GPU_LENGTHS)
+    lengths = list(LENGTHS if on_cpu else GPU_LENGTHS) if args.tokens is None else numbers("--tokens", args.tokens)
     recipes = shipped(contracts, args.backend) if found is None else tuned_recipes(contracts, args.backend, found, {})
     if not on_cpu:
         return bench_gpu(recipes, lengths)
