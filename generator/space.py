@@ -10,6 +10,7 @@ from .contract import DTYPES, OPERATORS, Contract, shown
 
 MAX_TUNING = 32  # variants in a tuning header
 MAX_SHIPPED = 5  # variants in a shipped header
+FORM = "<target>_c<tokens>_r<rows>x<vectors>[_s<tokens>]"  # of a variant's name
 
 
 @dataclass(frozen=True)
@@ -274,12 +275,12 @@ def default(contract: Contract, backend: str = "cpu") -> list[Variant]:
 
 def parse_variant(text: str, backend: str = "cpu", contract: Contract | None = None) -> Variant:
     """The variant of a suffix such as avx2_c48_r6x2, with @<record> behind it where a record chose it."""
-    where = f"variant {shown(text)}"
+    where, known = f"variant {shown(text)}", targets(backend)
     number = "([1-9][0-9]{0,3})"
     match = re.fullmatch(rf"([a-z0-9]+)_c{number}_r{number}x{number}(?:_s{number})?(?:@([0-9a-f]{{8}}))?", text)
     if not match:
-        raise UsageError(f"{where}: must be written <target>_c<tokens>_r<rows>x<vectors>, such as avx2_c48_r6x2")
-    known = targets(backend)
+        some = "avx2_c48_r6x2" if backend == "cpu" else "simt_c16_r4x1_s1024"
+        raise UsageError(f"{where}: must be written {FORM}, such as {some}")
     if match[1] not in known:
         raise UsageError(f"{where}: field 'target' = '{match[1]}': must be {' or '.join(known)}")
     variant = Variant(match[1], int(match[2]), int(match[3]), int(match[4]), match[6], int(match[5] or 0))

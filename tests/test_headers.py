@@ -314,6 +314,21 @@ def test_readme_example() -> None:
     assert all(block.strip() in minimal for block in blocks)
 
 
+def test_git_ignores_what_the_documented_lines_make() -> None:
+    """Programs of the compile lines in README and examples, and headers where their commands write them."""
+    need("git", "git")
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no checkout of git")
+    made = ["nf_x.h", "examples/cuda/nf_x.h"]
+    for path in [ROOT / "README.md", *ROOT.glob("examples/**/*.c")]:
+        folder = "examples/cuda/" if path.parent.name == "cuda" else ""
+        lines = re.findall(r"cc -O2 .*\w\.c .*-o (\w+)", path.read_text(encoding="utf-8"))
+        made += [folder + name for name in lines]
+    assert {"minimal", "long_sequence_mpi", "examples/cuda/graph"} <= set(made)
+    ignored = run("git", "check-ignore", *made).splitlines()
+    assert ignored == made
+
+
 def test_core_of_another_version(headers: Headers, tmp_path: Path) -> None:
     """Two headers of different core ABI in one file: an error that says so."""
     text = (headers(*SMALL) / f"nf_{SMALL[0]}_cpu.h").read_text(encoding="utf-8")
