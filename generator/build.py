@@ -20,7 +20,10 @@ SOURCES = {
     "bench_gpu": ("bench/bench_gpu.c", "include/nearfar/args.h", "include/nearfar/gpu.h"),
 }
 ON_GPU = {"tune": ("bench/device.cu",), "bench_gpu": ("bench/device.cu", "bench/products.cu")}
-SHARED = ("bench/kernel.h", "bench/measure.h", "bench/device.h", "tests/oracle.h", "include/nearfar/core.h")
+SHARED = (
+    *("bench/kernel.h", "bench/measure.h", "bench/device.h", "tests/oracle.h"),
+    *("include/nearfar/core.h", "include/nearfar/pattern.h"),
+)
 LIBRARIES = {"tune": ("-lm",), "bench": ("-lm", "-lpthread"), "bench_gpu": ("-lm",)}
 
 

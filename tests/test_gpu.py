@@ -229,6 +229,8 @@ PROBE = """
 #include <string.h>
 #include "nearfar/core.h"
 
+#include "nearfar/pattern.h"
+
 #include "nearfar/args.h"
 
 #include "nearfar/gpu.h"
