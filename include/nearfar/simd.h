@@ -258,26 +258,22 @@ NF_INLINE NF_V8 nf_v8_t nf_v8_exp2(nf_v8_t x)
 
 NF_INLINE NF_V8 void nf_v8_transpose(float *dst, int dst_stride, const float *src, int src_stride, int dims)
 {
-    nf_v8_t a[8], b[8];
     (void)dims; /* always 8: head dims are multiples of 8 */
-    NF_UNROLL
-    for (int i = 0; i < 8; i++)
-        a[i] = nf_v8_load(src + i * src_stride);
-    NF_UNROLL
-    for (int i = 0; i < 8; i += 4) { /* 4 x 4 within every 128 bits */
-        const __m256d x = _mm256_castps_pd(_mm256_unpacklo_ps(a[i], a[i + 1]));
-        const __m256d y = _mm256_castps_pd(_mm256_unpackhi_ps(a[i], a[i + 1]));
-        const __m256d z = _mm256_castps_pd(_mm256_unpacklo_ps(a[i + 2], a[i + 3]));
-        const __m256d w = _mm256_castps_pd(_mm256_unpackhi_ps(a[i + 2], a[i + 3]));
-        b[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(x, z));
-        b[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(x, z));
-        b[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(y, w));
-        b[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(y, w));
-    }
-    NF_UNROLL
-    for (int i = 0; i < 4; i++) {
-        nf_v8_store(dst + i * dst_stride, _mm256_permute2f128_ps(b[i], b[i + 4], 0x20));
-        nf_v8_store(dst + (i + 4) * dst_stride, _mm256_permute2f128_ps(b[i], b[i + 4], 0x31));
+    for (int d = 0; d < 8; d += 4) {
+        nf_v8_t a[4];
+        NF_UNROLL
+        for (int i = 0; i < 4; i++) { /* 4 dims of tokens i, i + 4 */
+            const float *at = src + i * src_stride + d;
+            a[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(at)), _mm_loadu_ps(at + 4 * src_stride), 1);
+        }
+        const __m256d x = _mm256_castps_pd(_mm256_unpacklo_ps(a[0], a[1]));
+        const __m256d y = _mm256_castps_pd(_mm256_unpackhi_ps(a[0], a[1]));
+        const __m256d z = _mm256_castps_pd(_mm256_unpacklo_ps(a[2], a[3]));
+        const __m256d w = _mm256_castps_pd(_mm256_unpackhi_ps(a[2], a[3]));
+        nf_v8_store(dst + d * dst_stride, _mm256_castpd_ps(_mm256_unpacklo_pd(x, z)));
+        nf_v8_store(dst + (d + 1) * dst_stride, _mm256_castpd_ps(_mm256_unpackhi_pd(x, z)));
+        nf_v8_store(dst + (d + 2) * dst_stride, _mm256_castpd_ps(_mm256_unpacklo_pd(y, w)));
+        nf_v8_store(dst + (d + 3) * dst_stride, _mm256_castpd_ps(_mm256_unpackhi_pd(y, w)));
     }
 }
 
