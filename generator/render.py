@@ -16,7 +16,19 @@ from typing import Any
 
 from . import UsageError, __version__
 from .contract import BACKENDS, OPERATORS, Contract, Number, parse, shown
-from .space import FORM, MAX_SHIPPED, TARGETS, Variant, canonical, default, parse_variant, space, targets
+from .space import (
+    FORM,
+    MATRIX_FLOATS,
+    MAX_SHIPPED,
+    TARGETS,
+    Variant,
+    canonical,
+    default,
+    groups,
+    parse_variant,
+    space,
+    targets,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACEHOLDER = "0" * 64  # stands for the content hash while rendering
@@ -160,9 +172,15 @@ def environment(root: Path) -> Any:
 
 def render(recipe: Recipe, root: Path = ROOT) -> str:
     """The header's text."""
-    lanes = {name: target.lanes for name, target in targets(recipe.backend).items()}
+    target = targets(recipe.backend)
     variants = [
-        {**asdict(v), "suffix": v.suffix, "name": f"{recipe.kernel}_{v.suffix}", "lanes": lanes[v.target]}
+        {
+            **asdict(v),
+            "suffix": v.suffix,
+            "name": f"{recipe.kernel}_{v.suffix}",
+            "lanes": target[v.target].lanes,
+            "groups": groups(recipe.contract, v, target[v.target]) if v.target in MATRIX_FLOATS else 1,
+        }
         for v in recipe.variants
     ]
     text: str = (

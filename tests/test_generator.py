@@ -210,14 +210,14 @@ def test_variants_of_a_gpu() -> None:
         ("favor_cosh_f32_d64_m512", "simt_c8_r2x1_s64", "128 threads with 256 floats of the state each"),
         (FAVOR.name, "avx2_c48_r6x2", "field 'target' = 'avx2': must be sm80 or simt"),
         (FAVOR.name, "sm80_c64_r1x1_s64", "sm80 runs favor or exact or sparse in bf16 or f16, not favor_cosh_f32"),
-        ("favor_cosh_bf16_d64_m128", "sm80_c80_r1x1_s64", "rows of w of c = 80, at most 64"),
+        ("favor_cosh_bf16_d64_m128", "sm80_c80_r1x1_s64", "c = 80 at most 64"),
         ("favor_cosh_bf16_d64_m128", "sm80_c64_r2x1_s64", "r at most x"),
         ("favor_cosh_bf16_d64_m128", "sm80_c64_r1x1", "it must end in _s<tokens>"),
-        ("favor_cosh_bf16_d64_m128", "sm80_c48_r1x1_s64", "the 64 rows of w of c = 48"),
+        ("favor_cosh_bf16_d64_m128", "sm80_c48_r1x1_s64", "neither 3 warps nor 8 can share the 64 rows of w"),
         ("favor_cosh_bf16_d40_m128", "sm80_c64_r1x1_s64", "d = 40 must be a multiple of 16"),
         ("favor_cosh_bf16_d64_m128", "sm80_c64_r3x4_s64", "x must be at most the 2 tiles"),
-        ("favor_cosh_bf16_d64_m256", "sm80_c64_r1x1_s64", "m = 256 at most 128"),
-        ("favor_cosh_bf16_d128_m128", "sm80_c64_r1x1_s64", "takes 224 registers for the state, features and outputs"),
+        ("favor_cosh_bf16_d128_m512", "sm80_c64_r1x1_s64", "hold 512 x 128 sums in registers"),
+        ("favor_cosh_f16_d128_m256", "sm80_c16_r1x1_s64", "bytes of shared memory, at most 232448"),
     ],
 )
 def test_wrong_variants_of_a_gpu(
