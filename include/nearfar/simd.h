@@ -114,10 +114,10 @@ NF_INLINE NF_V16 float nf_v16_sum(nf_v16_t x)
 /* The sum of the lanes in double precision. */
 NF_INLINE NF_V16 double nf_v16_total(nf_v16_t x)
 {
-    const __m256 low = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 0));
+    const __m256 low = _mm512_castps512_ps256(x);
     const __m256 high = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 1));
-    __m256d s = _mm256_cvtps_pd(_mm256_castps256_ps128(low)) + _mm256_cvtps_pd(_mm256_extractf128_ps(low, 1));
-    s = s + _mm256_cvtps_pd(_mm256_castps256_ps128(high)) + _mm256_cvtps_pd(_mm256_extractf128_ps(high, 1));
+    const __m512d all = _mm512_maskz_cvtps_pd(NF_ALL8, low) + _mm512_maskz_cvtps_pd(NF_ALL8, high);
+    const __m256d s = _mm512_castpd512_pd256(all) + _mm512_maskz_extractf64x4_pd(NF_ALL8, all, 1);
     return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
@@ -138,37 +138,25 @@ NF_INLINE NF_V16 nf_v16_t nf_v16_exp2(nf_v16_t x)
 /* A block of tokens: dst[d][t] = src[t][d] for t, d below 16, of which the first `dims` d are read and written. */
 NF_INLINE NF_V16 void nf_v16_transpose(float *dst, int dst_stride, const float *src, int src_stride, int dims)
 {
-    nf_v16_t a[16], b[16];
-    NF_UNROLL
-    for (int i = 0; i < 16; i++)
-        a[i] = nf_v16_get(src + i * src_stride, dims);
-    NF_UNROLL
-    for (int i = 0; i < 16; i += 4) { /* 4 x 4 within every 128 bits */
-        const __m512d x = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(NF_ALL16, a[i], a[i + 1]));
-        const __m512d y = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(NF_ALL16, a[i], a[i + 1]));
-        const __m512d z = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(NF_ALL16, a[i + 2], a[i + 3]));
-        const __m512d w = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(NF_ALL16, a[i + 2], a[i + 3]));
-        b[i] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd(NF_ALL8, x, z));
-        b[i + 1] = _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(NF_ALL8, x, z));
-        b[i + 2] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd(NF_ALL8, y, w));
-        b[i + 3] = _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(NF_ALL8, y, w));
+    for (int d = 0; d < 16 && d < dims; d += 4) {
+        nf_v16_t a[4];
+        NF_UNROLL
+        for (int i = 0; i < 4; i++) { /* 4 dims of tokens i, i + 4, i + 8, i + 12 */
+            const float *at = src + i * src_stride + d;
+            a[i] = _mm512_castps128_ps512(_mm_loadu_ps(at));
+            a[i] = _mm512_maskz_insertf32x4(NF_ALL16, a[i], _mm_loadu_ps(at + 4 * src_stride), 1);
+            a[i] = _mm512_maskz_insertf32x4(NF_ALL16, a[i], _mm_loadu_ps(at + 8 * src_stride), 2);
+            a[i] = _mm512_maskz_insertf32x4(NF_ALL16, a[i], _mm_loadu_ps(at + 12 * src_stride), 3);
+        }
+        const __m512d x = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(NF_ALL16, a[0], a[1]));
+        const __m512d y = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(NF_ALL16, a[0], a[1]));
+        const __m512d z = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(NF_ALL16, a[2], a[3]));
+        const __m512d w = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(NF_ALL16, a[2], a[3]));
+        nf_v16_store(dst + d * dst_stride, _mm512_castpd_ps(_mm512_maskz_unpacklo_pd(NF_ALL8, x, z)));
+        nf_v16_store(dst + (d + 1) * dst_stride, _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(NF_ALL8, x, z)));
+        nf_v16_store(dst + (d + 2) * dst_stride, _mm512_castpd_ps(_mm512_maskz_unpacklo_pd(NF_ALL8, y, w)));
+        nf_v16_store(dst + (d + 3) * dst_stride, _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(NF_ALL8, y, w)));
     }
-    NF_UNROLL
-    for (int i = 0; i < 4;
-         i++) { /* then the 128-bit quarters: b[i], b[i + 4], b[i + 8], b[i + 12] hold d = i, i + 4, ... */
-        const nf_v16_t x = _mm512_maskz_shuffle_f32x4(NF_ALL16, b[i], b[i + 4], 0x44);
-        const nf_v16_t y = _mm512_maskz_shuffle_f32x4(NF_ALL16, b[i], b[i + 4], 0xee);
-        const nf_v16_t z = _mm512_maskz_shuffle_f32x4(NF_ALL16, b[i + 8], b[i + 12], 0x44);
-        const nf_v16_t w = _mm512_maskz_shuffle_f32x4(NF_ALL16, b[i + 8], b[i + 12], 0xee);
-        a[i] = _mm512_maskz_shuffle_f32x4(NF_ALL16, x, z, 0x88);
-        a[i + 4] = _mm512_maskz_shuffle_f32x4(NF_ALL16, x, z, 0xdd);
-        a[i + 8] = _mm512_maskz_shuffle_f32x4(NF_ALL16, y, w, 0x88);
-        a[i + 12] = _mm512_maskz_shuffle_f32x4(NF_ALL16, y, w, 0xdd);
-    }
-    NF_UNROLL
-    for (int i = 0; i < 16; i++)
-        if (i < dims)
-            nf_v16_store(dst + i * dst_stride, a[i]);
 }
 
 /* x from lane n on, below it `other`; n from 0 to the number of lanes. */
@@ -258,26 +246,22 @@ NF_INLINE NF_V8 nf_v8_t nf_v8_exp2(nf_v8_t x)
 
 NF_INLINE NF_V8 void nf_v8_transpose(float *dst, int dst_stride, const float *src, int src_stride, int dims)
 {
-    nf_v8_t a[8], b[8];
     (void)dims; /* always 8: head dims are multiples of 8 */
-    NF_UNROLL
-    for (int i = 0; i < 8; i++)
-        a[i] = nf_v8_load(src + i * src_stride);
-    NF_UNROLL
-    for (int i = 0; i < 8; i += 4) { /* 4 x 4 within every 128 bits */
-        const __m256d x = _mm256_castps_pd(_mm256_unpacklo_ps(a[i], a[i + 1]));
-        const __m256d y = _mm256_castps_pd(_mm256_unpackhi_ps(a[i], a[i + 1]));
-        const __m256d z = _mm256_castps_pd(_mm256_unpacklo_ps(a[i + 2], a[i + 3]));
-        const __m256d w = _mm256_castps_pd(_mm256_unpackhi_ps(a[i + 2], a[i + 3]));
-        b[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(x, z));
-        b[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(x, z));
-        b[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(y, w));
-        b[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(y, w));
-    }
-    NF_UNROLL
-    for (int i = 0; i < 4; i++) {
-        nf_v8_store(dst + i * dst_stride, _mm256_permute2f128_ps(b[i], b[i + 4], 0x20));
-        nf_v8_store(dst + (i + 4) * dst_stride, _mm256_permute2f128_ps(b[i], b[i + 4], 0x31));
+    for (int d = 0; d < 8; d += 4) {
+        nf_v8_t a[4];
+        NF_UNROLL
+        for (int i = 0; i < 4; i++) { /* 4 dims of tokens i, i + 4 */
+            const float *at = src + i * src_stride + d;
+            a[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(at)), _mm_loadu_ps(at + 4 * src_stride), 1);
+        }
+        const __m256d x = _mm256_castps_pd(_mm256_unpacklo_ps(a[0], a[1]));
+        const __m256d y = _mm256_castps_pd(_mm256_unpackhi_ps(a[0], a[1]));
+        const __m256d z = _mm256_castps_pd(_mm256_unpacklo_ps(a[2], a[3]));
+        const __m256d w = _mm256_castps_pd(_mm256_unpackhi_ps(a[2], a[3]));
+        nf_v8_store(dst + d * dst_stride, _mm256_castpd_ps(_mm256_unpacklo_pd(x, z)));
+        nf_v8_store(dst + (d + 1) * dst_stride, _mm256_castpd_ps(_mm256_unpackhi_pd(x, z)));
+        nf_v8_store(dst + (d + 2) * dst_stride, _mm256_castpd_ps(_mm256_unpacklo_pd(y, w)));
+        nf_v8_store(dst + (d + 3) * dst_stride, _mm256_castpd_ps(_mm256_unpackhi_pd(y, w)));
     }
 }
 
