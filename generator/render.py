@@ -179,8 +179,8 @@ def render(recipe: Recipe, root: Path = ROOT) -> str:
             "suffix": v.suffix,
             "name": f"{recipe.kernel}_{v.suffix}",
             "lanes": target[v.target].lanes,
-            "width": v.x * target[v.target].lanes,
             "groups": groups(recipe.contract, v, target[v.target]) if v.target in MATRIX_FLOATS else 1,
+            "width": v.x * target[v.target].lanes,
         }
         for v in recipe.variants
     ]
