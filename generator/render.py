@@ -180,6 +180,7 @@ def render(recipe: Recipe, root: Path = ROOT) -> str:
             "name": f"{recipe.kernel}_{v.suffix}",
             "lanes": target[v.target].lanes,
             "groups": groups(recipe.contract, v, target[v.target]) if v.target in MATRIX_FLOATS else 1,
+            "width": v.x * target[v.target].lanes,
         }
         for v in recipe.variants
     ]

@@ -129,7 +129,7 @@ GPU = {
 }
 # On matrix units 16 tokens of a chunk are a warp's, or several warps' (groups): the largest chunks first.
 MATRIX_FLOATS = {"sm80": 160, "gfx90a": 192, "gfx942": 192}
-MATRIX = {"1x1": (64, 48, 32, 16), "3x4": (32, 16), "1x2": (64, 48, 32, 16)}
+MATRIX = {"1x1": (64, 48, 32, 16), "3x4": (32, 16), "1x2": (64, 32)}
 # Softmax: on matrix units a warp has 16 rows of a block; on RDNA tiles of 64 keys would spill.
 SMALL_TILES: dict[str, tuple[int, ...]] = {"1x2": (64, 32)}
 LARGE_TILES: dict[str, tuple[int, ...]] = {"1x4": (64, 128, 32), **SMALL_TILES}
@@ -214,8 +214,8 @@ def misfit(contract: Contract, variant: Variant, target: Target) -> str | None:
 
 
 def groups(contract: Contract, variant: Variant, target: Target) -> int:
-    """On matrix units: the warps that share 16 tokens of a chunk. One if its registers hold all that they need, else as many
-    as make 8 warps of the block; 0 if neither does."""
+    """On matrix units: the warps that share 16 tokens of a chunk. One if its registers hold all that they need, else as
+    many as make 8 warps of the block; 0 if neither does."""
     c, d, m, rows = variant.c, contract.d, contract.m, contract.rows
     halves, most = 1 if contract.dtype == "bf16" else 2, MATRIX_FLOATS[variant.target] * target.lanes
     if rows % c == 0 and m * d * 16 // c + max(rows * 16, halves * m * 8) + d * 16 <= most:

@@ -214,9 +214,9 @@ def test_variants_of_a_gpu() -> None:
         ("favor_cosh_bf16_d64_m128", "sm80_c64_r2x1_s64", "r at most x"),
         ("favor_cosh_bf16_d64_m128", "sm80_c64_r1x1", "it must end in _s<tokens>"),
         ("favor_cosh_bf16_d64_m128", "sm80_c48_r1x1_s64", "neither 3 warps nor 8 can share the 64 rows of w"),
-        ("favor_cosh_bf16_d40_m128", "sm80_c64_r1x1_s64", "d = 40 must be a multiple of 16"),
+        ("favor_cosh_bf16_d40_m128", "sm80_c64_r1x1_s64", "d = 40 and the 64 rows of w must be multiples of 16"),
         ("favor_cosh_bf16_d64_m128", "sm80_c64_r3x4_s64", "x must be at most the 2 tiles"),
-        ("favor_cosh_bf16_d128_m512", "sm80_c64_r1x1_s64", "hold 512 x 128 sums in registers"),
+        ("favor_cosh_bf16_d256_m128", "sm80_c64_r1x1_s64", "hold 128 x 256 sums in registers"),
         ("favor_cosh_f16_d128_m256", "sm80_c16_r1x1_s64", "bytes of shared memory, at most 232448"),
     ],
 )

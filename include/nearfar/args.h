@@ -209,6 +209,13 @@ NF_BOTH float nf_decay(const nf_contract *c, const nf_plan *p, int64_t unit)
     return c->decays && a->decay ? a->decay[unit % a->kv_heads] : 0;
 }
 
+/* The projection of a kv head. */
+NF_BOTH const nf_projection_head *nf_projection_at(const nf_args *a, int64_t head)
+{
+    return (const nf_projection_head *)(const void *)((const char *)a->projection +
+                                                      (size_t)head * a->projection_stride);
+}
+
 /* The hash that ties a state to the features, the scale, the decay and the pattern it was made with. */
 NF_BOTH uint64_t nf_state_hash(const nf_contract *c, const nf_plan *p, int64_t unit)
 {
@@ -219,8 +226,7 @@ NF_BOTH uint64_t nf_state_hash(const nf_contract *c, const nf_plan *p, int64_t u
         hash = nf_hash(hash, numbers, sizeof numbers);
     }
     if (c->projection) {
-        const char *projection = (const char *)a->projection + (size_t)(unit % a->kv_heads) * a->projection_stride;
-        hash = nf_hash(((const nf_projection_head *)(const void *)projection)->hash, &a->scale, sizeof a->scale);
+        hash = nf_hash(nf_projection_at(a, unit % a->kv_heads)->hash, &a->scale, sizeof a->scale);
         if (a->eps > 0)
             hash = nf_hash(hash, &a->eps, sizeof a->eps);
     }
@@ -351,8 +357,7 @@ static nf_status nf_check_projection(const nf_plan *p)
     if (nf_product(a->kv_heads, (int64_t)a->projection_stride) < 0)
         return NF_E_OVERFLOW;
     for (int64_t h = 0; h < (a->projection_stride ? a->kv_heads : 1) && !p->contract->device; h++) {
-        const nf_projection_head *head =
-            (const nf_projection_head *)(const void *)((const char *)a->projection + (size_t)h * a->projection_stride);
+        const nf_projection_head *head = nf_projection_at(a, h);
         if (head->magic != NF_MAGIC_PROJECTION || head->abi != NF_CORE_ABI || head->contract != p->contract->hash)
             return NF_E_PROJECTION;
         if (head->calibrated && a->eps > 0)
@@ -590,8 +595,7 @@ NF_BOTH nf_unit nf_unit_at(const nf_contract *c, const nf_plan *p, int64_t unit,
     u.decay = nf_decay(c, p, unit);
     u.mask = a->mask;
     u.flags = a->flags;
-    u.projection =
-        a->projection && c->projection ? (const char *)a->projection + (size_t)h * a->projection_stride : NULL;
+    u.projection = a->projection && c->projection ? nf_projection_at(a, h) : NULL;
     u.pattern = a->pattern;
     u.first_head = head;
     u.window = p->window, u.globals = p->globals, u.ring = p->ring;

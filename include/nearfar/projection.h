@@ -290,40 +290,32 @@ static float nf_calibrate(const nf_projection_shape *shape, const nf_calibration
     return (float)constant;
 }
 
-/* The arrays of a projection, in the order of their places behind its head. */
-typedef struct nf_projection_arrays {
-    float *w, *columns, *fit, *constant;
-} nf_projection_arrays;
-
-static nf_projection_arrays nf_arrays(const nf_projection_shape *shape, void *projection)
+/* The matrix of a projection: the first of its arrays. */
+static float *nf_matrix(void *projection)
 {
-    nf_projection_arrays p;
-    p.w = (float *)(void *)((nf_projection_head *)projection + 1);
-    p.columns = p.w + shape->rows * shape->dim;
-    p.fit = p.columns + shape->dim * shape->stride;
-    p.constant = p.fit + 8 * shape->dim;
-    return p;
+    return (float *)(void *)((nf_projection_head *)projection + 1);
 }
 
 /* Everything of a projection that follows from w and the sample. */
 static void nf_projection_finish(const nf_projection_shape *shape, void *projection, const nf_calibration *calibration)
 {
-    const nf_projection_arrays p = nf_arrays(shape, projection);
     const size_t dim = (size_t)shape->dim, rows = (size_t)shape->rows, stride = (size_t)shape->stride;
     nf_projection_head *head = (nf_projection_head *)projection;
-    p.constant[0] = nf_calibrate(shape, calibration, p.fit);
-    memset(p.columns, 0, dim * stride * sizeof(float));
+    float *w = nf_matrix(projection), *columns = w + rows * dim, *fit = columns + dim * stride,
+          *constant = fit + 8 * dim;
+    *constant = nf_calibrate(shape, calibration, fit);
+    memset(columns, 0, dim * stride * sizeof(float));
     for (size_t i = 0; i < rows * dim; i++)
-        p.columns[i % dim * stride + i / dim] = p.w[i];
+        columns[i % dim * stride + i / dim] = w[i];
     memset(head, 0, sizeof *head);
     head->magic = NF_MAGIC_PROJECTION;
     head->abi = NF_CORE_ABI;
     head->contract = shape->contract;
     /* without a sample and tempering, it only says how w was drawn */
     head->calibrated = calibration && (calibration->q || (calibration->tau > 0 && calibration->tau < 1));
-    head->hash = nf_hash(shape->contract, p.w, rows * dim * sizeof(float));
-    head->hash = nf_hash(head->hash, p.fit, NF_FIT_ROWS * dim * sizeof(float));
-    head->hash = nf_hash(head->hash, p.constant, sizeof(float));
+    head->hash = nf_hash(shape->contract, w, rows * dim * sizeof(float));
+    head->hash = nf_hash(head->hash, fit, NF_FIT_ROWS * dim * sizeof(float));
+    head->hash = nf_hash(head->hash, constant, sizeof(float));
 }
 
 static nf_status nf_projection_init(const nf_projection_shape *shape, void *projection, uint64_t seed,
@@ -336,7 +328,7 @@ static nf_status nf_projection_init(const nf_projection_shape *shape, void *proj
     if (!nf_aligned(projection, NF_ALIGN))
         return NF_E_ALIGN;
     if (status == NF_OK) {
-        nf_sample(shape, seed, c ? c->flags : 0, nf_arrays(shape, projection).w);
+        nf_sample(shape, seed, c ? c->flags : 0, nf_matrix(projection));
         nf_projection_finish(shape, projection, c);
     }
     return status;
@@ -369,7 +361,7 @@ static nf_status nf_projection_from(const nf_projection_shape *shape, void *proj
             return NF_E_VALUE;
     }
     for (int i = 0; i < count; i++)
-        nf_arrays(shape, projection).w[i] = flags & NF_KEEP_F32 ? w[i] : nf_to_bf16(w[i]);
+        nf_matrix(projection)[i] = flags & NF_KEEP_F32 ? w[i] : nf_to_bf16(w[i]);
     nf_projection_finish(shape, projection, NULL);
     return NF_OK;
 }
