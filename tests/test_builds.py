@@ -59,7 +59,7 @@ BUILDS = {
     "address and undefined, clang": Build(
         "clang", f"-O0 {SANITIZE}", topics=("state", "pattern", "arguments"), contracts=(*SMALL, *HALVES)
     ),
-    "fast-math": Build("gcc", "-O3 -ffast-math", topics=VALUES, contracts=(*SMALL, *WIDE)),
+    "fast-math": Build("gcc", "-O3 -ffast-math", topics=VALUES, contracts=(*OLDER, "sparse_f32_d8_b32", *WIDE)),
     "fast-math, clang": Build("clang", "-O3 -ffast-math", topics=("accuracy", "backward:inputs"), contracts=OLDER),
     "native": Build("gcc", "-O3 -march=native", topics=("accuracy", "backward:inputs"), contracts=WIDE),
     "neon": Build(
