@@ -1,17 +1,22 @@
-/* What a kernel on matrix units does per token, counted by the executor: no more than its algorithm asks for.
- * docs/gpu.md has the numbers. */
+/* What favor in bf16 on matrix units does per token, counted by the executor: no more than its algorithm asks for. The
+ * build says -DCONTRACT=<name> and -DNUMBERS="D = .., M = .., ROWS = .., GROUPS = .., X = ..": its own, the warps that
+ * share 16 tokens, and the special function unit's share of the powers, one of X. docs/gpu.md has the numbers. */
 #include "check.h"
 #include "simt.h"
 
+#define TEXT(name) #name
+#define NAME(name) TEXT(name)
+#define PASTE(c, entry) nf_##c##_cuda##entry
+#define JOIN(c, entry) PASTE(c, entry)
+#define K(entry) JOIN(CONTRACT, _##entry)
+
 #define NEARFAR_STATIC
-#include "nf_favor_cosh_bf16_d64_m128_cuda.h"
+#include NAME(JOIN(CONTRACT, .h))
 
 #include <stdio.h>
 #include <stdlib.h>
 
-#define K(entry) nf_favor_cosh_bf16_d64_m128_cuda_##entry
-
-enum { D = 64, M = 128, ROWS = M / 2, CHUNK = 64, WARP = 32 };
+enum { NUMBERS, CHUNK = 64, WARP = 32 };
 
 static void *memory(size_t bytes)
 {
@@ -50,11 +55,15 @@ Test(counts, favor)
     const double matrices = (double)(two.matrices - one.matrices) / WARP / tokens;
     const double powers = (double)(two.powers - one.powers) / tokens;
     const double bytes = (double)(two.loaded - one.loaded + two.stored - one.stored) / tokens;
-    /* A warp's 16 tokens: keys and queries times w; S and z, written and read; scores, their sums, and times values. */
-    const double right_products =
-        2 * (2 * ROWS / 16 * CHANNELS) + 2 * (M / 16 * (2 * CHANNELS + 1)) + seen * (2 * M / 16 + 1 + 2 * CHANNELS);
-    const double right_matrices = (CHANNELS + TILES * CHANNELS) + (CHANNELS + ROWS / 16 * CHANNELS) + TILES * CHANNELS +
-                                  M / 16 * (CHANNELS + 1) + seen * (M / 16 + CHANNELS);
+    /* Of 16 tokens: keys and queries times w; S and z, written and read; scores, their sums, and times values. Warps
+     * that share tokens read queries, their features and weights from shared memory, and each makes the sums of
+     * weights. */
+    const int shared = GROUPS > 1 ? GROUPS : 0;
+    const double right_products = 2 * (2 * ROWS / 16 * CHANNELS) + M / 16 * (2 * CHANNELS + 1) +
+                                  M / 16 * (2 * CHANNELS + GROUPS) + seen * (2 * M / 16 + GROUPS + 2 * CHANNELS);
+    const double right_matrices = ROWS / 16 * CHANNELS * (1.0 / TILES + 1) + (GROUPS + ROWS / 16) * CHANNELS +
+                                  TILES * GROUPS * CHANNELS + M / 16 * (CHANNELS + GROUPS + shared) +
+                                  seen * (M / 16 + CHANNELS + (shared ? M / 16 + shared : 0));
     printf("of a token: %.2f products of 16 x 8 x 16, %.2f ldmatrix, %.0f powers, %.0f bytes of tensors, shared memory "
            "%.0f "
            "bytes by ldmatrix, %.0f read and %.0f written otherwise\n",
@@ -62,6 +71,6 @@ Test(counts, favor)
            (double)(two.shared_stored - one.shared_stored) / tokens);
     CHECK(products == right_products / 16, "%g products, not %g", products, right_products / 16);
     CHECK(matrices == right_matrices / 16, "%g ldmatrix, not %g", matrices, right_matrices / 16);
-    CHECK(powers == 2 * M, "%g powers, not %d", powers, 2 * M);
+    CHECK(powers == 2 * M / X, "%g powers, not %d", powers, 2 * M / X);
     CHECK(bytes == 4 * D * 2, "%g bytes: every number is to be read or written once", bytes);
 }
