@@ -11,7 +11,7 @@
 #define K(entry) JOIN(CONTRACT, _##entry)
 
 #define NEARFAR_STATIC
-#include NAME(JOIN(CONTRACT, .h))
+#include NAME(JOIN(CONTRACT, ).h)
 
 #include <stdio.h>
 #include <stdlib.h>
