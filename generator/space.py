@@ -221,8 +221,8 @@ def groups(contract: Contract, variant: Variant, target: Target) -> int:
     if rows % c == 0 and m * d * 16 // c + max(rows * 16, halves * m * 8) + d * 16 <= most:
         return 1
     n = 128 // c
-    keys, queries = halves * m * c // 16 + d * 8, (rows + d) * 16 // n  # in turn, beside the state
-    fits = m * d // 8 + max(keys, queries) <= most + 16 * target.lanes
+    keys, queries = halves * m * c // 16 + d * 8, (rows + d) * 16 // n
+    fits = m * d // 8 + keys + 2 * queries <= 240 * target.lanes  # of which more spill
     return n if fits and 128 % c == m % 128 == rows % (16 * n) == d % (16 * n) == 0 else 0
 
 
