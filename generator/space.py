@@ -33,7 +33,7 @@ class Target:
         return known and features and not (self.square and contract.v)
 
 
-MATRIX_KERNELS = (("bf16", "f16"), ("favor", "exact", "sparse"), True, True)  # what its matrix units have
+MATRIX_KERNELS = (("bf16", "f16"), ("favor", "exact", "sparse", "hybrid"), True, True)  # what its matrix units have
 SOFTMAX_KERNELS = (("bf16", "f16"), ("exact", "sparse"), True, True)
 GPU_KERNELS = (DTYPES, ("favor", "linear", "exact", "sparse", "hybrid"), True, True)  # what a GPU has kernels for
 # Best first: the order of a header's variants and of the choice at run time.
@@ -148,9 +148,9 @@ SPACE = {
         ("sparse", "cpu"): EXACT,
         ("hybrid", "cpu"): HYBRID,
     },
-    ("favor", "cuda"): {"sm80": MATRIX} | GPU,
-    ("favor", "hip"): {"gfx90a": MATRIX, "gfx942": MATRIX} | GPU,
-    **{(operator, backend): GPU for operator in ("linear", "hybrid") for backend in ("cuda", "hip")},
+    **{(operator, "cuda"): {"sm80": MATRIX} | GPU for operator in ("favor", "hybrid")},
+    **{(operator, "hip"): {"gfx90a": MATRIX, "gfx942": MATRIX} | GPU for operator in ("favor", "hybrid")},
+    **{("linear", backend): GPU for backend in ("cuda", "hip")},
     **{
         (operator, backend): {t.name: GPU_EXACT[t.name] for t in TARGETS[backend]}
         for operator in ("exact", "sparse")
@@ -223,9 +223,11 @@ def misfit_matrix(contract: Contract, variant: Variant, target: Target) -> str |
     if variant.x > m // c:
         return f"x must be at most the {m // c} tiles of features of a warp"
     floats = m * d // threads + max(rows * 16, halves * m * 8) // target.lanes + d * 16 // target.lanes
+    floats += d * 8 // target.lanes if contract.b else 0  # and for queries of the near field
     if floats > most:
         return f"a thread takes {floats} registers for the state, features and outputs, at most {most} fit"
     shared = 2 * (d + 8) * (2 * c + rows + halves * (c + m)) + 2 * halves * m * (c + 9) + 4 * m + 12 * c + 420
+    shared += softmax_shared(d, c, max(c // 2, 16)) if contract.b else 0
     most = 65536 if target.name.startswith("gfx") else 232448
     return None if shared <= most else f"it takes {shared} bytes of shared memory, at most {most} are there"
 
@@ -238,8 +240,13 @@ def misfit_softmax(contract: Contract, variant: Variant) -> str | None:
         return f"d = {d} must be a multiple of 16 up to {most}"
     if variant.r != 1 or variant.s or c > 2 * n:
         return f"it must be r1, without segments, and c at most {2 * n}, two tiles of keys"
-    shared = 8 * n * (d + 8) + 36 * n + 12 * c + 700
+    shared = softmax_shared(d, c, n)
     return None if shared <= 65536 else f"it takes {shared} bytes of shared memory, at most 65536 are everywhere"
+
+
+def softmax_shared(d: int, rows: int, keys: int) -> int:
+    """Bytes of shared memory that softmax takes on matrix units: two tiles of keys and values, and what is small."""
+    return 8 * keys * (d + 8) + 36 * keys + 12 * rows + 900
 
 
 def targets(backend: str) -> dict[str, Target]:
