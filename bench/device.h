@@ -6,6 +6,8 @@
 
 #include "core.h"
 
+#include "pattern.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif

@@ -16,6 +16,7 @@ from .contract import BACKENDS, OPERATORS, Contract, contracts, parse, shown
 from .render import ROOT, Recipe, add_recipe_arguments, check, recipes, render, write
 from .space import TARGETS, default, space, targets
 
+COMMON = {"d": 64, "m": 128, "b": 64}  # numbers of contracts that stand for their operator
 ABOUT = """\
 nearfar makes attention kernels: small, specialised single headers in C, and finds out which variant is fastest here.
 
@@ -36,6 +37,7 @@ class Parser(argparse.ArgumentParser):
         message = re.sub(
             r"argument COMMAND: invalid choice: ('.*') \(choose from (.*)\)", r"command \1: must be \2", message
         )
+        message = re.sub(r"argument (?:-./)?(-\S+): expected one argument", r"option \1: a value must follow", message)
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
@@ -73,8 +75,8 @@ def add_list(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser(
         "list",
         help="contracts and variants, with what each needs",
-        description="Without a glob: the operators, their limits and the headers in generated/. "
-        "With one: the contracts it matches; with the name of one contract: its variants.",
+        description="Without GLOB: the operators, their limits, what runs where, and the headers in generated/.\n"
+        "With a pattern: the contracts that it matches. With the name of one contract: its variants.",
         epilog="examples: ./nearfar list 'favor_*_d64_m128'\n          ./nearfar list exact_f32_d64",
     )
     parser.add_argument("glob", nargs="?", metavar="GLOB", help="a contract, or a pattern with * ? [..] in quotes")
@@ -87,7 +89,7 @@ def list_(args: argparse.Namespace) -> int:
     elif any(mark in args.glob for mark in "*?["):
         matching = [c for c in contracts() if fnmatch.fnmatchcase(c.name, args.glob)]
         if not matching:
-            raise UsageError(f"list: no contract matches {shown(args.glob)}: see ./nearfar list")
+            raise UsageError(f"argument GLOB = {shown(args.glob)}: no contract matches (see ./nearfar list)")
         for contract in matching:
             print(contract.name, counts(contract))
     else:
@@ -101,16 +103,24 @@ def list_operators() -> None:
         print(f"  {operator.pattern(name)}: {operator.text}")
         for number in operator.numbers:
             print(f"      {number.letter}  {number.text}: {number.rule}")
-        some = next(contracts(name))
-        print(f"      such as {some.name}; variants: {counts(some)}")
+        for dtype in operator.dtypes:
+            numbers = {n.letter: COMMON[n.letter] for n in operator.numbers if not n.optional}
+            some = Contract(name, operator.maps[0] if operator.maps else "", dtype, **numbers)
+            print(f"      such as {some.name}: {runs_on(some)}")
     print("targets, in the order in which a header prefers them")
     for backend in BACKENDS:
         for target in TARGETS[backend]:
-            print(f"  {backend} {target.name:7} needs {target.needs}")
+            print(f"  {backend + ' ' + target.name:11} needs {target.needs}")
     ready = sorted((ROOT / "generated").glob("*.h"))
     print("ready made in generated/" if ready else "ready made in generated/: none")
     for path in ready:
         print(f"  {path.name}")
+
+
+def runs_on(contract: Contract) -> str:
+    """The targets that have it: cpu none, cuda sm80 simt, hip simt."""
+    found = {backend: [v.target for v in default(contract, backend)] for backend in BACKENDS}
+    return ", ".join(f"{backend} {' '.join(names or ['none'])}" for backend, names in found.items())
 
 
 def counts(contract: Contract) -> str:
@@ -139,7 +149,7 @@ def add_check(commands: argparse._SubParsersAction[Parser]) -> None:
         "Says ok, stale (the generator changed), edited (the file was changed), not ours or missing.",
         epilog="example: ./nearfar check generated/*.h ../app/third_party/attention.h",
     )
-    parser.add_argument("files", nargs="+", metavar="FILE")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a header of nearfar")
     parser.set_defaults(run=check_files)
 
 

@@ -20,7 +20,10 @@ SOURCES = {
     "bench_gpu": ("bench/bench_gpu.c", "include/nearfar/args.h", "include/nearfar/gpu.h"),
 }
 ON_GPU = {"tune": ("bench/device.cu",), "bench_gpu": ("bench/device.cu", "bench/products.cu")}
-SHARED = ("bench/kernel.h", "bench/measure.h", "bench/device.h", "tests/oracle.h", "include/nearfar/core.h")
+SHARED = (
+    *("bench/kernel.h", "bench/measure.h", "bench/device.h", "tests/oracle.h"),
+    *("include/nearfar/core.h", "include/nearfar/pattern.h"),
+)
 LIBRARIES = {"tune": ("-lm",), "bench": ("-lm", "-lpthread"), "bench_gpu": ("-lm",)}
 
 
@@ -49,15 +52,15 @@ class Toolkit:
         return [path, *wanted[1:], *self.flags] if path else None
 
     def no_gpu(self) -> str:
-        """Why there is no GPU; empty: there is one."""
+        """What is missing to run on a GPU; empty: nothing."""
         try:
             library = ctypes.CDLL(self.library)
         except OSError:
-            return f"no GPU ({self.library} is missing: install {self.driver})"
+            return f"{self.library} (install {self.driver})"
         count = ctypes.c_int(0)
         start = [getattr(library, name)(0) for name in self.calls[:-1]]
         status = next(filter(None, start), 0) or getattr(library, self.calls[-1])(ctypes.byref(count))
-        return "" if not status and count.value else f"no GPU ({self.calls[-1]} finds none, status {status})"
+        return "" if not status and count.value else f"a GPU ({self.calls[-1]} finds none, status {status})"
 
 
 TOOLKITS = {
@@ -105,9 +108,9 @@ def compiler(backend: str = "cpu") -> Compiler:
     kit = TOOLKITS[backend]
     command, missing = kit.command(), [kit.no_gpu()]
     if not command:
-        missing.append(f"no {kit.compiler} (install {kit.package}, or name yours in the variable {kit.variable})")
+        missing.append(f"{kit.compiler} (install {kit.package}, or name yours in the variable {kit.variable})")
     if any(missing):
-        raise BuildError(f"option --backend = '{backend}': here is {' and '.join(filter(None, missing))}")
+        raise BuildError(f"option --backend = '{backend}': here is missing: {' and '.join(filter(None, missing))}")
     return Compiler(c_compiler(), tuple(command or ()))
 
 

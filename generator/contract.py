@@ -49,7 +49,7 @@ class Operator:
 
 D = Number("d", "head dim", "a multiple of 8 from 8 to 256", tuple(range(8, 257, 8)))
 WIDE = Number("d", "head dim", "a multiple of 8 from 8 to 512", tuple(range(8, 513, 8)))
-V = Number("v", "value dim, if not the head dim", WIDE.rule, WIDE.values, optional=True)
+V = Number("v", "value dim, if not the head dim (cpu only)", WIDE.rule, WIDE.values, optional=True)
 M = Number(
     "m",
     "features (cosh: both signs; trig: sine and cosine)",
@@ -65,7 +65,7 @@ TAYLOR_LIMIT = 32  # taylor2 makes about d*d/2 features
 
 # The schema. A new operator is one entry here, one in space.py and its templates.
 OPERATORS = {
-    "favor": Operator("softmax attention estimated by random features", FAVOR_MAPS, DTYPES, (D, V, M)),
+    "favor": Operator("softmax attention by random features (trig, relu: cpu only)", FAVOR_MAPS, DTYPES, (D, V, M)),
     "linear": Operator("linear attention: a map without randomness, or ready features", LINEAR_MAPS, DTYPES, (WIDE, V)),
     "exact": Operator("softmax attention, the exact baseline", (), DTYPES, (WIDE,), F32),
     "sparse": Operator("softmax attention over a pattern: window, globals, blocks", (), DTYPES, (WIDE, B), F32),

@@ -57,6 +57,8 @@ def read(paths: Iterable[Path]) -> list[Record]:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError as error:
             raise UsageError(f"cannot read {shown(str(path))}: {error.strerror}") from None
+        if lines and not any(line.lstrip().startswith("{") for line in lines):
+            raise UsageError(f"file {shown(str(path))}: must hold records as tune writes them, a JSON object a line")
         for at, line in enumerate(lines, 1):
             record = read_line(line, f"{path}:{at}") if line.strip() else None
             if record:

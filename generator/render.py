@@ -10,13 +10,25 @@ import re
 import shlex
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from . import UsageError, __version__
-from .contract import BACKENDS, OPERATORS, Contract, parse, shown
-from .space import MAX_SHIPPED, SPACE, Variant, canonical, default, parse_variant, space, targets
+from .contract import BACKENDS, OPERATORS, Contract, Number, parse, shown
+from .space import (
+    FORM,
+    MATRIX_FLOATS,
+    MAX_SHIPPED,
+    TARGETS,
+    Variant,
+    canonical,
+    default,
+    groups,
+    parse_variant,
+    space,
+    targets,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACEHOLDER = "0" * 64  # stands for the content hash while rendering
@@ -52,7 +64,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """The part of `generate` that decides the bytes; recipes in banners are parsed by it too."""
     parser.add_argument("contracts", nargs="+", metavar="CONTRACT", help="such as favor_cosh_f32_d64_m128")
     parser.add_argument("--backend", default="cpu", help=f"where it runs: {', '.join(BACKENDS)} (default: cpu)")
-    ways = f"at most {MAX_SHIPPED}, separated by commas, or 'all' (default: one per target)"
+    ways = f"at most {MAX_SHIPPED}, separated by commas, written {FORM}, or 'all' (default: one per target)"
     parser.add_argument("--variants", metavar="LIST", help=ways)
     parser.add_argument("--prefix", default="nf_", help="what the names begin with (default: nf_)")
 
@@ -93,15 +105,36 @@ def check_backend(backend: str) -> None:
 
 
 def check_offered(contract: Contract, backend: str) -> None:
-    """A CPU has not all dtypes of all operators; a GPU not all operators yet, nor room for the largest states."""
-    dtypes = OPERATORS[contract.operator].cpu
-    if backend == "cpu" and contract.dtype not in dtypes:
-        rule = f"must be {' or '.join(dtypes)} on a CPU; cuda and hip have it"
-        raise UsageError(f"contract {shown(contract.name)}: field 'dtype' = {shown(contract.dtype)}: {rule}")
-    if not space(contract, backend):
-        operators = ", ".join(operator for operator, where in SPACE if where == backend)
-        rule = f"{backend} has {operators} (states of up to about 32768 numbers, no value dim of its own)"
-        raise UsageError(f"contract {shown(contract.name)}: {rule}")
+    """A CPU has not all dtypes of all operators; a GPU not all maps, no value dims and no room for the largest."""
+    if space(contract, backend):
+        return
+    where, operator = f"contract {shown(contract.name)}", OPERATORS[contract.operator]
+    if backend == "cpu":
+        rule = f"must be {' or '.join(operator.cpu)} on a CPU; cuda and hip have it"
+        raise UsageError(f"{where}: field 'dtype' = {shown(contract.dtype)}: {rule}")
+
+    def runs(other: Contract) -> bool:
+        return any(target.runs(other) for target in TARGETS[backend])
+
+    maps = [m for m in operator.maps if runs(replace(contract, map=m, v=0))]
+    if contract.map and contract.map not in maps:
+        rule = f"must be {' or '.join(maps)} with {backend}; the CPU has it"
+        raise UsageError(f"{where}: field 'map' = {shown(contract.map)}: {rule}")
+    if not runs(contract):
+        rule = f"must be left out with {backend}, where values are as wide as heads; the CPU has it"
+        raise UsageError(f"{where}: field 'v' = {contract.v}: {rule}")
+    nearest = " or ".join(c.name for n in operator.numbers for c in near(contract, n, backend))
+    fields, values = ("fields 'd', 'm'", f"{contract.d}, {contract.m}") if contract.m else ("field 'd'", contract.d)
+    rule = f"must fit a GPU's registers and shared memory, as {nearest} does"
+    raise UsageError(f"{where}: {fields} = {values}: {rule}")
+
+
+def near(contract: Contract, number: Number, backend: str) -> list[Contract]:
+    """The contract that the backend has and that differs least, in this number alone; or none."""
+    values = sorted(number.values, key=lambda value: abs(value - getattr(contract, number.letter)))
+    changes: list[dict[str, Any]] = [{number.letter: value} for value in values if not number.optional]
+    others = (replace(contract, **change) for change in changes)
+    return [other for other in others if space(other, backend)][:1]
 
 
 def check_prefix(prefix: str) -> str:
@@ -139,9 +172,16 @@ def environment(root: Path) -> Any:
 
 def render(recipe: Recipe, root: Path = ROOT) -> str:
     """The header's text."""
-    lanes = {name: target.lanes for name, target in targets(recipe.backend).items()}
+    target = targets(recipe.backend)
     variants = [
-        {**asdict(v), "suffix": v.suffix, "name": f"{recipe.kernel}_{v.suffix}", "lanes": lanes[v.target]}
+        {
+            **asdict(v),
+            "suffix": v.suffix,
+            "name": f"{recipe.kernel}_{v.suffix}",
+            "lanes": target[v.target].lanes,
+            "groups": groups(recipe.contract, v, target[v.target]) if v.target in MATRIX_FLOATS else 1,
+            "width": v.x * target[v.target].lanes,
+        }
         for v in recipe.variants
     ]
     text: str = (

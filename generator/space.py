@@ -10,6 +10,7 @@ from .contract import DTYPES, OPERATORS, Contract, shown
 
 MAX_TUNING = 32  # variants in a tuning header
 MAX_SHIPPED = 5  # variants in a shipped header
+FORM = "<target>_c<tokens>_r<rows>x<vectors>[_s<tokens>]"  # of a variant's name
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,13 @@ class Target:
         return known and features and not (self.square and contract.v)
 
 
-MATRIX_KERNELS = (("bf16", "f16"), ("favor", "exact", "sparse", "hybrid"), True, True)  # what its matrix units have
+MATRIX_KERNELS = (("bf16", "f16"), ("favor", "exact", "sparse"), True, True)  # what its matrix units have
+NVIDIA_KERNELS = (
+    ("bf16", "f16"),
+    ("favor", "exact", "sparse", "hybrid"),
+    True,
+    True,
+)  # clang 19 leaves loops of hybrid
 SOFTMAX_KERNELS = (("bf16", "f16"), ("exact", "sparse"), True, True)
 GPU_KERNELS = (DTYPES, ("favor", "linear", "exact", "sparse", "hybrid"), True, True)  # what a GPU has kernels for
 # Best first: the order of a header's variants and of the choice at run time.
@@ -54,7 +61,7 @@ TARGETS = {
         Target("c", 4, 16, "any processor"),
     ),
     "cuda": (
-        Target("sm80", 32, 0, "NVIDIA GPUs from compute capability 8.0 on", *MATRIX_KERNELS),
+        Target("sm80", 32, 0, "NVIDIA GPUs from compute capability 8.0 on", *NVIDIA_KERNELS),
         Target("simt", 1, 0, "any NVIDIA GPU from compute capability 7.5 on", *GPU_KERNELS),
     ),
     "hip": (
@@ -126,9 +133,9 @@ GPU = {
         "16x2": (8, 4),
     }
 }
-# On matrix units a warp has 16 tokens of a chunk: the most warps, so the fewest registers for the state, first.
+# On matrix units 16 tokens of a chunk are a warp's, or several warps' (groups): the largest chunks first.
 MATRIX_FLOATS = {"sm80": 160, "gfx90a": 192, "gfx942": 192}
-MATRIX = {"1x1": (64, 48, 32, 16), "3x4": (32, 16), "1x2": (64, 48, 32, 16)}
+MATRIX = {"1x1": (64, 48, 32, 16), "3x4": (32, 16), "1x2": (64, 32)}
 # Softmax: on matrix units a warp has 16 rows of a block; on RDNA tiles of 64 keys would spill.
 SMALL_TILES: dict[str, tuple[int, ...]] = {"1x2": (64, 32)}
 LARGE_TILES: dict[str, tuple[int, ...]] = {"1x4": (64, 128, 32), **SMALL_TILES}
@@ -149,8 +156,9 @@ SPACE = {
         ("hybrid", "cpu"): HYBRID,
     },
     **{(operator, "cuda"): {"sm80": MATRIX} | GPU for operator in ("favor", "hybrid")},
-    **{(operator, "hip"): {"gfx90a": MATRIX, "gfx942": MATRIX} | GPU for operator in ("favor", "hybrid")},
-    **{("linear", backend): GPU for backend in ("cuda", "hip")},
+    ("favor", "hip"): {"gfx90a": MATRIX, "gfx942": MATRIX} | GPU,
+    **{(operator, "hip"): GPU for operator in ("linear", "hybrid")},
+    ("linear", "cuda"): GPU,
     **{
         (operator, backend): {t.name: GPU_EXACT[t.name] for t in TARGETS[backend]}
         for operator in ("exact", "sparse")
@@ -212,21 +220,38 @@ def misfit(contract: Contract, variant: Variant, target: Target) -> str | None:
     return None if shared <= 65536 else f"it takes {shared} bytes of shared memory, at most 65536 are everywhere"
 
 
-def misfit_matrix(contract: Contract, variant: Variant, target: Target) -> str | None:
-    """The same on matrix units: a warp holds 16 rows of w or a few times so many, their features and sums."""
+def groups(contract: Contract, variant: Variant, target: Target) -> int:
+    """On matrix units: the warps that share 16 tokens of a chunk. One if its registers hold all that they need, else as
+    many as make 8 warps of the block; 0 if neither does."""
     c, d, m, rows = variant.c, contract.d, contract.m, contract.rows
-    if d % 16 or rows % c or c > 64 or m > 128:
-        return f"d = {d} must be a multiple of 16, the {rows} rows of w of c = {c}, at most 64, m = {m} at most 128"
+    halves, most = 1 if contract.dtype == "bf16" else 2, MATRIX_FLOATS[variant.target] * target.lanes
+    if rows % c == 0 and m * d * 16 // c + max(rows * 16, halves * m * 8) + d * 16 <= most:
+        return 1
+    n = 128 // c
+    keys, queries = halves * m * c // 16 + d * 8, (rows + d) * 16 // n  # in turn, beside the state
+    fits = m * d // 8 + max(keys, queries) <= most + 16 * target.lanes
+    return n if fits and 128 % c == m % 128 == rows % (16 * n) == d % (16 * n) == 0 else 0
+
+
+def misfit_matrix(contract: Contract, variant: Variant, target: Target) -> str | None:
+    """The same on matrix units: a warp holds a few times 16 features with their sums."""
+    c, d, m, rows = variant.c, contract.d, contract.m, contract.rows
+    halves, n = 1 if contract.dtype == "bf16" else 2, groups(contract, variant, target)
+    if d % 16 or rows % 16 or c > 64:
+        return f"d = {d} and the {rows} rows of w must be multiples of 16, c = {c} at most 64"
     if not variant.s:
         return "it must end in _s<tokens>, the segments of operators with a state"
-    halves, threads, most = 1 if contract.dtype == "bf16" else 2, c // 16 * target.lanes, MATRIX_FLOATS[target.name]
-    if variant.x > m // c:
-        return f"x must be at most the {m // c} tiles of features of a warp"
-    floats = m * d // threads + max(rows * 16, halves * m * 8) // target.lanes + d * 16 // target.lanes
-    floats += d * 8 // target.lanes if contract.b else 0  # and for queries of the near field
-    if floats > most:
-        return f"a thread takes {floats} registers for the state, features and outputs, at most {most} fit"
-    shared = 2 * (d + 8) * (2 * c + rows + halves * (c + m)) + 2 * halves * m * (c + 9) + 4 * m + 12 * c + 420
+    if not n:
+        return f"neither {c // 16} warps nor 8 can share the {rows} rows of w and hold {m} x {d} sums in registers"
+    if contract.b and (
+        n > 1
+        or m * d * 16 // c + max(rows * 16, halves * m * 8) + d * 24 > MATRIX_FLOATS[variant.target] * target.lanes
+    ):
+        return f"{m} x {d} sums and what a query needs of both fields do not fit the registers of {c // 16} warps"
+    if variant.x > m // c // n:
+        return f"x must be at most the {m // c // n} tiles of features of a warp"
+    shared = 2 * (d + 8) * (rows + halves * (c + m)) + 2 * halves * m * (c + 9) + 4 * m + 12 * c + 420
+    shared += 4 * c * max(d + 8, halves * (c + 8)) + 2 * halves * c * (m + 8) + 4 * n * c if n > 1 else 4 * c * (d + 8)
     shared += softmax_shared(d, c, max(c // 2, 16)) if contract.b else 0
     most = 65536 if target.name.startswith("gfx") else 232448
     return None if shared <= most else f"it takes {shared} bytes of shared memory, at most {most} are there"
@@ -281,12 +306,12 @@ def default(contract: Contract, backend: str = "cpu") -> list[Variant]:
 
 def parse_variant(text: str, backend: str = "cpu", contract: Contract | None = None) -> Variant:
     """The variant of a suffix such as avx2_c48_r6x2, with @<record> behind it where a record chose it."""
-    where = f"variant {shown(text)}"
+    where, known = f"variant {shown(text)}", targets(backend)
     number = "([1-9][0-9]{0,3})"
     match = re.fullmatch(rf"([a-z0-9]+)_c{number}_r{number}x{number}(?:_s{number})?(?:@([0-9a-f]{{8}}))?", text)
     if not match:
-        raise UsageError(f"{where}: must be written <target>_c<tokens>_r<rows>x<vectors>, such as avx2_c48_r6x2")
-    known = targets(backend)
+        some = "avx2_c48_r6x2" if backend == "cpu" else "simt_c16_r4x1_s1024"
+        raise UsageError(f"{where}: must be written {FORM}, such as {some}")
     if match[1] not in known:
         raise UsageError(f"{where}: field 'target' = '{match[1]}': must be {' or '.join(known)}")
     variant = Variant(match[1], int(match[2]), int(match[3]), int(match[4]), match[6], int(match[5] or 0))

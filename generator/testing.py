@@ -19,7 +19,7 @@ from typing import Any
 
 from . import UsageError, build
 from .build import BuildError
-from .contract import BACKENDS, OPERATORS, Contract, allowed, parse
+from .contract import BACKENDS, OPERATORS, Contract, allowed, parse, shown
 from .render import ROOT, Recipe, check_backend, check_offered, render
 from .space import default, space
 
@@ -40,8 +40,9 @@ def add_test(commands: Any) -> None:
     parser = commands.add_parser(
         "test",
         help="run all tests",
-        description="Run all tests with meson. What is missing is installed where this user may; what cannot be is\n"
-        "named together with the tests that are skipped for it.",
+        description="On a CPU: run all tests with meson. What is missing is installed where this user may; what\n"
+        "cannot be is named together with the tests that are skipped for it.\n"
+        f"On a GPU: compile the tests {', '.join(TOPICS)} of its kernels and run them.",
         epilog="examples: ./nearfar test\n"
         "          ./nearfar test generator          only the tests of this name\n"
         "          ./nearfar test --backend cuda     every kernel on the GPU: needs its compiler and jinja2, no more",
@@ -190,6 +191,9 @@ def device_recipe(contract: Contract, backend: str) -> Recipe:
 
 def test_device(names: list[str], backend: str) -> int:
     topics = [name for name in TOPICS if name in names] or list(TOPICS)
+    unknown = [name for name in names if name not in TOPICS and "_" not in name]
+    if unknown:
+        raise UsageError(f"argument NAME = {shown(unknown[0])}: must be {' or '.join(TOPICS)} or a contract")
     contracts = list(map(parse, (name for name in names if name not in TOPICS))) or on_device(backend)
     for contract in contracts:
         check_offered(contract, backend)

@@ -27,6 +27,7 @@ OUTPUT = ROOT / "tuned"
 RECORDS = OUTPUT / "records.jsonl"
 RESULTS = OUTPUT / "bench.jsonl"
 TUNED = ("favor_cosh_f32_d32_m128", "favor_cosh_f32_d64_m128", "exact_f32_d64")
+GPU_TUNED = ("favor_cosh_bf16_d64_m128", "hybrid_cosh_bf16_d64_m128_b64", "exact_bf16_d64")
 STANDING = report.GOAL_CONTRACTS
 INPUTS = (ROOT / "tests" / "data" / "minilm_first", ROOT / "tests" / "data" / "minilm_last")
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 16384)
@@ -56,7 +57,9 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "report",
         help="draw the pictures of the last tune or bench",
-        description="Draw, from the last measurements: time against length, error against cost. Written to tuned/.",
+        description="Draw, from the last measurements of a CPU: time against length, error against cost. Written\n"
+        "to tuned/.",
+        epilog="example: ./nearfar report",
     )
     parser.set_defaults(run=guarded(draw_report))
 
@@ -65,13 +68,14 @@ def add_tune(commands: Any) -> None:
     parser = commands.add_parser(
         "tune",
         help="find the fastest variants on this machine",
-        description="Generate every variant, compile, verify against fp64, time, record, write the tuned headers and\n"
-        "measure them, on real attention inputs too. Takes about two minutes. Everything is written to tuned/;\n"
-        "tuned/records.jsonl is what `generate --tuned` reads.",
+        description="Generate every variant, compile, verify against fp64, time, record, and write the tuned headers;\n"
+        "on a CPU measure them, on real attention inputs too. Takes about two minutes. Everything is written\n"
+        "to tuned/; tuned/records.jsonl is what `generate --tuned` reads.",
         epilog="examples: ./nearfar tune favor_cosh_f32_d64_m256 --input my_arrays --budget 120 --tokens 2048\n"
-        "          ./nearfar tune favor_cosh_f32_d64_m128 --backend cuda",
+        "          ./nearfar tune favor_cosh_bf16_d64_m128 --backend cuda",
     )
-    parser.add_argument("contracts", nargs="*", metavar="CONTRACT", help=f"default: {' '.join(TUNED)}")
+    defaults = f"default: {' '.join(TUNED)}; on a GPU, where 16 bits are common, {' '.join(GPU_TUNED)}"
+    parser.add_argument("contracts", nargs="*", metavar="CONTRACT", help=defaults)
     add_backend(parser)
     parser.add_argument(
         "--input", metavar="DIR", help="q.npy, k.npy, v.npy [batch, token, head, dim] of your own (cpu)"
@@ -94,7 +98,7 @@ def add_pack(commands: Any) -> None:
         epilog="examples: ./nearfar pack favor_cosh_f32_d64_m128 exact_f32_d64 -o to_target\n"
         "          ./nearfar pack favor_cosh_f32_d64_m128 --backend cuda -o to_target",
     )
-    parser.add_argument("contracts", nargs="+", metavar="CONTRACT")
+    parser.add_argument("contracts", nargs="+", metavar="CONTRACT", help="such as favor_cosh_f32_d64_m128")
     add_backend(parser)
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="the folder to write")
     parser.set_defaults(run=guarded(pack))
@@ -295,7 +299,7 @@ def raw_inputs(folders: list[Path]) -> Iterator[list[str]]:
 
 
 def tune(args: argparse.Namespace) -> int:
-    contracts = chosen(args.contracts, TUNED, args.backend)
+    contracts = chosen(args.contracts, TUNED if args.backend == "cpu" else GPU_TUNED, args.backend)
     args.seconds, args.lengths = seconds("--budget", args.budget), numbers("--tokens", args.tokens)
     on_cpu = args.backend == "cpu"
     if args.input and not on_cpu:
@@ -419,7 +423,7 @@ def bench(args: argparse.Namespace) -> int:
     on_cpu = args.backend == "cpu"
     contracts = chosen(args.contracts, STANDING if on_cpu else gpu_standing(), args.backend)
     found = records.read(map(Path, args.tuned)) if args.tuned else None
-    lengths = numbers("--tokens", args.tokens) if args.tokens else list(LENGTHS if on_cpu else GPU_LENGTHS)
+    lengths = list(LENGTHS if on_cpu else GPU_LENGTHS) if args.tokens is None else numbers("--tokens", args.tokens)
     recipes = shipped(contracts, args.backend) if found is None else tuned_recipes(contracts, args.backend, found, {})
     if not on_cpu:
         return bench_gpu(recipes, lengths)

@@ -4,6 +4,9 @@
 #define KERNELS_H
 
 #include "nearfar/core.h"
+
+#include "nearfar/pattern.h"
+
 #include "oracle.h"
 
 #include "nearfar/request.h"

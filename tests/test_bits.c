@@ -255,21 +255,24 @@ TEST_EACH(poison)
     const shape s = {.batch = 2, .heads = 4, .kv_heads = 2, .q_tokens = 100 + 2 * k->block, .norm = 3, .seed = 4};
     EACH_WAY(k, w)
     {
-        for (int full = k->map == ORACLE_SOFTMAXQK; full < (k->block && k->features ? 1 : 2); full++)
+        for (int full = k->map == ORACLE_SOFTMAXQK; full < (k->block && k->features ? 1 : 2); full++) {
+            call c = call_make(k, s);
+            oracle_head o = head_at(&c, 1, 1, 0, s.q_tokens);
+            result clean;
+            c.a.mask = full;
+            if (full)
+                c.a.decay = NULL;
+            o.full = full;
+            CHECK(call_run(&c, w.forward) == NF_OK, "%s", w.name);
+            clean = result_of(&c);
             for (int which = 0; which < 3; which++)
-                for (int p = 0; p < 3; p++) {
+                for (int p = 0; p < 3; p += QUICK ? 2 : 1) {
                     const int64_t at[] = {0, 31, 32, 50, 99}, t = at[(which + p + w_i) % 5];
-                    call c = call_make(k, s);
-                    oracle_head o = head_at(&c, 1, 1, 0, s.q_tokens);
-                    result clean;
-                    c.a.mask = full;
-                    if (full)
-                        c.a.decay = NULL;
-                    o.full = full;
+                    float *poisoned = &row_at(which == 0 ? c.a.q : which == 1 ? c.a.k : c.a.v, 1, t, 1)[k->dim / 2];
+                    const float healthy = *poisoned;
+                    *poisoned = poisons[p];
                     CHECK(call_run(&c, w.forward) == NF_OK, "%s", w.name);
-                    clean = result_of(&c);
-                    row_at(which == 0 ? c.a.q : which == 1 ? c.a.k : c.a.v, 1, t, 1)[k->dim / 2] = poisons[p];
-                    CHECK(call_run(&c, w.forward) == NF_OK, "%s", w.name);
+                    *poisoned = healthy;
                     for (int64_t b = 0; b < 2; b++)
                         for (int64_t h = 0; h < 4; h++)
                             for (int64_t i = 0; i < s.q_tokens; i++) {
@@ -284,8 +287,9 @@ TEST_EACH(poison)
                                 CHECK(!sees || p > 0 || isnan(row[k->dim / 2]), "%s: row %d hides a NaN in %s", w.name,
                                       (int)i, ((const char *[]){"q", "k", "v"})[which]);
                             }
-                    result_free(&clean);
-                    call_free(&c);
                 }
+            result_free(&clean);
+            call_free(&c);
+        }
     }
 }

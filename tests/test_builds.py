@@ -20,20 +20,18 @@ LISTS = {  # meson.build's lists of contracts, and how the names in them begin o
     "HYBRIDS": "hybrid",
 }
 TOPICS = ("accuracy", "bits", "state", "pattern", "linear", "backward", "projection", "compat", "arguments")
-OLDER = (
-    "accuracy",
-    "pattern:drawn",
-    "linear",
-    "backward:inputs",
-    "arguments",
-)  # topics on older processors; after ':' a test alone
 VALUES = ("accuracy", "state", "pattern:drawn", "linear", "backward:inputs")  # those in which no NaN is looked for
 SMALL = (
     *("favor_exp_f32_d8_m8", "favor_trig_f32_d8_m8", "favor_relu_f32_d8_m8", "linear_elu_f32_d8"),
     *("exact_f32_d8", "sparse_f32_d8_b32", "hybrid_cosh_f32_d8_m8_b16"),
 )
 HALVES = ("linear_identity_f16_d32_v80", "linear_elu_bf16_d40_v64")
-WIDE = ("favor_cosh_f32_d32_m128", "linear_softmaxqk_f32_d40", "exact_f32_d40")
+WIDE = ("favor_cosh_f32_d24_m48", "linear_softmaxqk_f32_d24", "exact_f32_d24")
+OLDER = (
+    "favor_exp_f32_d8_m8",
+    "linear_elu_f32_d8",
+    "hybrid_cosh_f32_d8_m8_b16",
+)  # on emulated processors, and again with clang
 CONTRACTS = (*SMALL, *HALVES, *WIDE)
 
 
@@ -55,14 +53,15 @@ BUILDS = {
     "address and undefined, gcc": Build(
         "gcc",
         f"-O0 {SANITIZE}",
-        topics=("accuracy", "state", "linear", "backward", "arguments"),
+        topics=("accuracy", "linear", "backward"),
+        contracts=("favor_exp_f32_d8_m8", "favor_trig_f32_d8_m8", "hybrid_cosh_f32_d8_m8_b16", *HALVES, *WIDE),
     ),
     "address and undefined, clang": Build(
         "clang", f"-O0 {SANITIZE}", topics=("state", "pattern", "arguments"), contracts=(*SMALL, *HALVES)
     ),
     "fast-math": Build("gcc", "-O3 -ffast-math", topics=VALUES, contracts=(*SMALL, *WIDE)),
-    "fast-math, clang": Build("clang", "-O3 -ffast-math", topics=("accuracy", "backward:inputs"), contracts=SMALL),
-    "native": Build("gcc", "-O3 -march=native", topics=("accuracy", "backward:inputs"), contracts=(*SMALL, *WIDE)),
+    "fast-math, clang": Build("clang", "-O3 -ffast-math", topics=("accuracy", "backward:inputs"), contracts=OLDER),
+    "native": Build("gcc", "-O3 -march=native", topics=("accuracy", "backward:inputs"), contracts=WIDE),
     "neon": Build(
         ARM,
         "-O2 -static",
@@ -71,9 +70,12 @@ BUILDS = {
         (*SMALL, *HALVES),
     ),
     "golden matrices, neon": Build(ARM, "-O1 -static", "qemu-aarch64 {} golden", ("projection",), GOLDEN),
-    "golden matrices, fast-math": Build("gcc", "-O3 -ffast-math", "{} golden", ("projection",), GOLDEN),
-    "without AVX-512": Build("gcc", "-O2 -static", "qemu-x86_64 -cpu Haswell-v1", OLDER, SMALL),
-    "without AVX": Build("gcc", "-O2 -static", "qemu-x86_64 -cpu Nehalem-v1", ("accuracy", "backward:inputs"), SMALL),
+    "golden matrices, fast-math": Build("gcc", "-O1 -ffast-math", "{} golden", ("projection",), GOLDEN),
+    # That nothing newer is executed, and that the choice is right: the kernels themselves are tested above.
+    "without AVX-512": Build(
+        "gcc", "-O2 -static", "qemu-x86_64 -cpu Haswell-v1", ("accuracy", "backward:inputs"), OLDER
+    ),
+    "without AVX": Build("gcc", "-O2 -static", "qemu-x86_64 -cpu Nehalem-v1", ("accuracy", "arguments"), OLDER),
 }
 PACKAGES = {ARM: "gcc-aarch64-linux-gnu", "qemu-aarch64": "qemu-user", "qemu-x86_64": "qemu-user"}
 
@@ -129,7 +131,7 @@ def test_threads_do_not_race(compiler: str, example: str, contract: str, headers
 
 def test_fuzz_arguments(headers: Headers, tmp_path: Path) -> None:
     need("clang", "clang")
-    folder = headers("favor_cosh_f32_d8_m8", "linear_softmaxqk_f32_d8", *SMALL)
+    folder = headers("linear_softmaxqk_f32_d8", *SMALL)
     program = tmp_path / "fuzz"
     flags = ["-std=gnu99", "-O0", "-g", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
     probe = tmp_path / "probe.c"
@@ -142,6 +144,6 @@ def test_fuzz_arguments(headers: Headers, tmp_path: Path) -> None:
         pytest.skip("clang has no libFuzzer: apt install libclang-rt-dev")
     run("clang", *flags, "-I", folder, ROOT / "tests" / "fuzz_arguments.c", "-o", program)
     run(
-        *(program, "-runs=20000", "-seed=1", "-max_len=96", "-len_control=0", "-max_total_time=25", "-timeout=20"),
+        *(program, "-runs=20000", "-seed=1", "-max_len=96", "-len_control=0", "-max_total_time=10", "-timeout=20"),
         cwd=tmp_path,
     )

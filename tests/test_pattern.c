@@ -3,6 +3,8 @@
 
 #include "nearfar/pattern.h"
 
+#include "nearfar/patterns.h"
+
 #include "check.h"
 #include "patterns.h"
 

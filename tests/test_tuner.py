@@ -318,12 +318,11 @@ def test_wrong_usage_of_the_commands(tmp_path: Path) -> None:
 
 def test_a_pack_tunes_without_python(tmp_path: Path) -> None:
     folder = tmp_path / "pack"
-    contracts = ["exact_f32_d16", "favor_cosh_f32_d16_m16", "sparse_f32_d16_b16", "hybrid_cosh_f32_d16_m16_b16"]
-    contracts += ["linear_taylor2_f32_d16", "linear_softmaxqk_f32_d16"]
+    contracts = ["exact_f32_d16", "favor_cosh_f32_d16_m16", "sparse_f32_d16_b16", "linear_softmaxqk_f32_d16"]
     assert nearfar("pack", *contracts, "-o", str(folder)).returncode == 0
     sources = [path.name for path in folder.glob("*.c")]
     done = subprocess.run(
-        [CC, "-O1", *sources, "-o", "tune", "-lm"], cwd=folder, capture_output=True, text=True, check=False
+        [CC, "-O0", *sources, "-o", "tune", "-lm"], cwd=folder, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     done = subprocess.run(

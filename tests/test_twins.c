@@ -527,7 +527,7 @@ TEST_TWINS(past)
         CHECK(memcmp(kept, g.out, 150 * row) == 0 && memcmp(lse, g.lse, sizeof lse) == 0, "%s: other bits", w.name);
         for (int64_t i = 0; i < 150 * p->values; i++)
             CHECK(isfinite(read_element(p, kept, i)), "%s: element %d", w.name, (int)i);
-        for (size_t b = 0; b < sizeof borders / sizeof *borders; b++)
+        for (size_t b = 0; b < sizeof borders / sizeof *borders; b += QUICK ? 2 : 1)
             for (int how = 0; how < 4; how++) {
                 const int64_t from = borders[b];
                 memcpy(g.hk, keys, (size_t)(150 * p->k.dim * p->element));

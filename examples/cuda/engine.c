@@ -20,9 +20,11 @@ enum { TOKENS = 100, HEADS = 2, SIZE = TOKENS * HEADS * 64 }; /* tensors are [to
 static void *upload(const void *from, size_t bytes)
 {
     void *p = NULL;
-    if (cudaMalloc(&p, bytes) != cudaSuccess ||
-        (from && cudaMemcpyAsync(p, from, bytes, cudaMemcpyHostToDevice, 0) != cudaSuccess)) {
-        fputs("no GPU, or no memory on it\n", stderr);
+    cudaError_t error = cudaMalloc(&p, bytes);
+    if (error == cudaSuccess && from)
+        error = cudaMemcpyAsync(p, from, bytes, cudaMemcpyHostToDevice, 0);
+    if (error != cudaSuccess) {
+        fprintf(stderr, "upload: %s\n", cudaGetErrorString(error));
         exit(1);
     }
     return p;

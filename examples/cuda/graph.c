@@ -17,19 +17,28 @@
 
 enum { TOKENS = 50, HEADS = 8, ROW = HEADS * 64, SIZE = TOKENS * ROW }; /* tensors are [token][head][64] */
 
-/* Calls of CUDA and of the kernel alike give 0 where all is well. */
-static void must(int status, const char *what)
+static void must(int done, const char *what, const char *why)
 {
-    if (status == 0)
+    if (done)
         return;
-    fprintf(stderr, "%s failed with %d\n", what, status);
+    fprintf(stderr, "%s: %s\n", what, why);
     exit(1);
+}
+
+static void cuda(cudaError_t error, const char *what)
+{
+    must(error == cudaSuccess, what, cudaGetErrorString(error));
+}
+
+static void kernel(nf_status status, const char *what)
+{
+    must(status == NF_OK, what, nf_status_text(status));
 }
 
 static float *gpu_floats(size_t bytes)
 {
     void *p = NULL;
-    must(cudaMalloc(&p, bytes), "cudaMalloc");
+    cuda(cudaMalloc(&p, bytes), "cudaMalloc");
     return (float *)p;
 }
 
@@ -45,39 +54,39 @@ int main(void)
     cudaGraphExec_t decode;
     float worst = 0;
 
-    must(cudaStreamCreate(&stream), "cudaStreamCreate");
-    must(K(projection_init)(projection, 1, NULL), "projection_init");
-    must(cudaMemcpy(gpu_projection, projection, K(projection_bytes)(), cudaMemcpyHostToDevice), "copy");
+    cuda(cudaStreamCreate(&stream), "cudaStreamCreate");
+    kernel(K(projection_init)(projection, 1, NULL), "projection_init");
+    cuda(cudaMemcpy(gpu_projection, projection, K(projection_bytes)(), cudaMemcpyHostToDevice), "copy");
     for (int t = 0; t < 3; t++) {
         for (int i = 0; i < SIZE; i++)
             in[t][i] = (float)(i * (7 - 2 * t) % 31 - 15) / 16;
         all[t] = gpu_floats(sizeof in[t]), step[t] = gpu_floats(row);
-        must(cudaMemcpy(all[t], in[t], sizeof in[t], cudaMemcpyHostToDevice), "copy");
+        cuda(cudaMemcpy(all[t], in[t], sizeof in[t], cudaMemcpyHostToDevice), "copy");
     }
 
     /* all at once, for comparison */
     a.stream = stream;
     a.q.data = all[0], a.k.data = all[1], a.v.data = all[2], a.out.data = gpu_out;
-    must(K(forward)(&a, workspace, bytes), "forward");
-    must(cudaMemcpyAsync(whole, gpu_out, sizeof whole, cudaMemcpyDeviceToHost, stream), "copy");
+    kernel(K(forward)(&a, workspace, bytes), "forward");
+    cuda(cudaMemcpyAsync(whole, gpu_out, sizeof whole, cudaMemcpyDeviceToHost, stream), "copy");
 
     /* capture a step: its buffers stay where they are, the state goes on from launch to launch */
     a.q_tokens = 1;
     a.q.data = step[0], a.k.data = step[1], a.v.data = step[2];
     a.state = gpu_floats(K(state_bytes)(&a));
-    must(K(state_reset)(&a), "state_reset");
-    must(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "cudaStreamBeginCapture");
-    must(K(decode)(&a, workspace, bytes), "decode");
-    must(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
-    must(cudaGraphInstantiateWithFlags(&decode, graph, 0), "cudaGraphInstantiateWithFlags");
+    kernel(K(state_reset)(&a), "state_reset");
+    cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "cudaStreamBeginCapture");
+    kernel(K(decode)(&a, workspace, bytes), "decode");
+    cuda(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
+    cuda(cudaGraphInstantiateWithFlags(&decode, graph, 0), "cudaGraphInstantiateWithFlags");
 
     for (int n = 0; n < TOKENS; n++) {
         for (int t = 0; t < 3; t++)
-            must(cudaMemcpyAsync(step[t], in[t] + n * ROW, row, cudaMemcpyHostToDevice, stream), "copy");
-        must(cudaGraphLaunch(decode, stream), "cudaGraphLaunch");
-        must(cudaMemcpyAsync(out + n * ROW, gpu_out, row, cudaMemcpyDeviceToHost, stream), "copy");
+            cuda(cudaMemcpyAsync(step[t], in[t] + n * ROW, row, cudaMemcpyHostToDevice, stream), "copy");
+        cuda(cudaGraphLaunch(decode, stream), "cudaGraphLaunch");
+        cuda(cudaMemcpyAsync(out + n * ROW, gpu_out, row, cudaMemcpyDeviceToHost, stream), "copy");
     }
-    must(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+    cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
 
     for (int i = 0; i < SIZE; i++)
         worst = fmaxf(worst, fabsf(out[i] - whole[i]));

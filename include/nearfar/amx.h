@@ -1,5 +1,4 @@
-/* ---- matrix tiles of bf16: Intel AMX
- * ---------------------------------------------------------------------------------
+/* ---- matrix tiles of bf16: Intel AMX ----
  *
  * A tile is 16 rows of 64 bytes. A product of tiles takes A as rows of 32 bf16, B as 16 rows of 16 pairs (B[k / 2][n][k
  * % 2]) and adds to C, 16 x 16 floats. Rows that straddle cache lines load four times slower: everything is aligned to
@@ -11,7 +10,7 @@
 #if defined(__x86_64__) && defined(__linux__) && \
     ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
 #define NF_AMX __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16")))
-#define NF_IF_AMX(function) function
+#define NF_IF_amx(function) function
 
 /* Has the process the permission (bit 18)? Every processor with these tiles has the parts of AVX-512 used here. */
 NF_UNUSED static int nf_supports_amx(void)
@@ -177,7 +176,7 @@ NF_INLINE NF_AMX void nf_amx_turn(uint16_t *b, int b_stride, const uint16_t *a, 
                              (const float *)(const void *)a + i * a_stride + p, a_stride, 16);
 }
 #else
-#define NF_IF_AMX(function) 0
+#define NF_IF_amx(function) 0
 NF_UNUSED static int nf_supports_amx(void)
 {
     return 0;

@@ -1,4 +1,4 @@
-/* ---- arguments: checked and resolved before any work ------------------------------------------------------------- */
+/* ---- arguments: checked and resolved before any work ---- */
 #ifndef NF_ARGS_READY
 #define NF_ARGS_READY
 
@@ -22,6 +22,7 @@
 #define NF_NO_KEY (-1e30f) /* the reference R of a feature that has seen no key */
 
 struct nf_plan;
+struct nf_memory;
 
 /* What args->eps may be: anything (nobody looks at it); 0; also positive under the full mask; positive by default. */
 enum { NF_EPS_IGNORED, NF_EPS_NONE, NF_EPS_FULL, NF_EPS_ALWAYS };
@@ -29,29 +30,24 @@ enum { NF_EPS_IGNORED, NF_EPS_NONE, NF_EPS_FULL, NF_EPS_ALWAYS };
 
 /* What the common code must know of a contract. */
 typedef struct nf_contract {
-    uint64_t hash;                                    /* FNV-1a of the contract's name */
-    int64_t dim, values;                              /* D of queries and keys, V of values and outputs */
-    int64_t features;                                 /* of a far field; 0: none */
-    int64_t block;                                    /* tokens of a block of the pattern; 0: takes no pattern */
-    size_t element;                                   /* bytes of a tensor element */
-    size_t workspace;                                 /* bytes, enough for every variant of the kernel */
-    size_t projection;                                /* bytes of one projection; 0: takes none */
-    float default_scale;                              /* 1/sqrt(D), or 1 */
-    int decays, full_only;                            /* takes decay and flags; takes no causal mask */
-    int32_t eps;                                      /* NF_EPS_... */
-    nf_status (*check_pattern)(struct nf_plan *plan); /* of operators over a pattern */
+    uint64_t hash;         /* FNV-1a of the contract's name */
+    int64_t dim, values;   /* D of queries and keys, V of values and outputs */
+    int64_t features;      /* of a far field; 0: none */
+    int64_t block;         /* tokens of a block of the pattern; 0: takes no pattern */
+    size_t element;        /* bytes of a tensor element */
+    size_t workspace;      /* bytes, enough for every variant of the kernel */
+    size_t projection;     /* bytes of one projection; 0: takes none */
+    float default_scale;   /* 1/sqrt(D), or 1 */
+    int decays, full_only; /* takes decay and flags; takes no causal mask */
+    int32_t eps;           /* NF_EPS_... */
     int device; /* projection, state, decay and cu_tokens lie in a GPU's memory: its kernels look at them, the host
                    cannot */
+    /* What only some operators have, or NULL: a pattern or decays, the memory that these take, states that merge. */
+    nf_status (*check)(struct nf_plan *plan);
+    void (*claim)(const struct nf_plan *plan, struct nf_memory *memory);
+    void (*merge)(const struct nf_contract *contract, const nf_state_head *head, nf_state_unit *to,
+                  const nf_state_unit *a, const nf_state_unit *b);
 } nf_contract;
-
-/* The backward's side of a unit, all strides resolved. */
-typedef struct nf_unit_grads {
-    const void *out, *dout;
-    const float *lse, *dlse; /* dlse may be NULL */
-    void *dq, *dk, *dv;
-    int64_t out_stride, dout_stride, dq_stride, dk_stride, dv_stride; /* elements from token to token */
-    int64_t out_head, dout_head, dq_head;                             /* elements from query head to query head */
-} nf_unit_grads;
 
 /* One unit of work: the queries of one group of heads against their kv head, all strides resolved. */
 typedef struct nf_unit {
@@ -67,9 +63,9 @@ typedef struct nf_unit {
     uint32_t flags;
     const void *projection;
     nf_state_unit *state;
-    const nf_unit_grads *grads; /* NULL in a forward */
+    const nf_grads *grads; /* the unit's, with token_stride and head_stride as in nf_args; NULL in a forward */
     /* of operators over a pattern */
-    const nf_pattern *pattern;
+    const struct nf_pattern *pattern;
     int64_t first_head;           /* the group's first query head: index into what the pattern holds per head */
     int64_t past;                 /* tokens that the state has seen: the position of the call's first key */
     int64_t window;               /* sparse: tokens; hybrid: whole blocks before the query's own */
@@ -83,8 +79,8 @@ typedef struct nf_plan {
     nf_args args;
     const nf_grads *grads; /* NULL in a forward */
     int64_t group, begin, end, units;
-    nf_pattern pattern;            /* of operators over a pattern; args.pattern is the host's */
     int64_t window, globals, ring; /* as in nf_unit */
+    uint32_t pattern_flags;
     size_t state_unit, state_bytes;
 } nf_plan;
 
@@ -142,22 +138,6 @@ NF_BOTH_INLINE double nf_log(double x)
     m = 2 * s *
         (1 + s2 * (1.0 / 3 + s2 * (1.0 / 5 + s2 * (1.0 / 7 + s2 * (1.0 / 9 + s2 * (1.0 / 11 + s2 * (1.0 / 13)))))));
     return m + 0.69314718055994531 * (double)exponent;
-}
-
-/* e^x of x <= 0 (of NaN: 0), relative error below 1e-14, without libm. */
-NF_BOTH double nf_exp(double x)
-{
-    const double y = x > -700 ? x * 1.4426950408889634 : -1010;
-    const int64_t whole = -(int64_t)(0.5 - y);
-    const double f = 0.69314718055994531 * (y - (double)whole);
-    const uint64_t bits = (uint64_t)(whole + 1023) << 52;
-    double sum = 1, power;
-    if (!(x > -700))
-        return 0;
-    for (int i = 14; i > 0; i--)
-        sum = 1 + sum * f / i;
-    __builtin_memcpy(&power, &bits, sizeof power);
-    return sum * power;
 }
 
 /* ln of den * 2^exponent, plus shift; -inf for an empty sum. */
@@ -222,46 +202,18 @@ static int nf_overlap(const void *a, size_t na, const void *b, size_t nb)
     return a && b && na && nb && (x < y ? y - x < na : x - y < nb);
 }
 
-/* Fill in a tensor's dense strides, and its extent in bytes: 0 where there are no tokens. */
-static nf_status nf_extent(const nf_contract *c, int64_t dim, int64_t batch, int64_t tokens, int64_t heads,
-                           const void *data, int64_t *batch_stride, int64_t *token_stride, int64_t *head_stride,
-                           int writable, size_t *bytes)
-{
-    const int64_t width = nf_product(heads, dim);
-    int64_t count[3] = {heads, tokens, batch}, stride[3], extent = dim;
-    stride[0] = *head_stride ? *head_stride : dim;
-    stride[1] = *token_stride ? *token_stride : width;
-    stride[2] = *batch_stride ? *batch_stride : nf_product(tokens, stride[1]);
-    if (*head_stride < 0 || *token_stride < 0 || *batch_stride < 0)
-        return NF_E_STRIDE;
-    if (width < 0 || stride[2] < 0)
-        return NF_E_OVERFLOW;
-    *head_stride = stride[0], *token_stride = stride[1], *batch_stride = stride[2];
-    for (int i = 0; i < 4; i++) /* smallest stride first */
-        if (stride[i % 2] > stride[i % 2 + 1]) {
-            const int64_t s = stride[i % 2], n = count[i % 2];
-            stride[i % 2] = stride[i % 2 + 1], count[i % 2] = count[i % 2 + 1];
-            stride[i % 2 + 1] = s, count[i % 2 + 1] = n;
-        }
-    for (int i = 0; i < 3 && tokens > 0; i++) {
-        const int64_t reach = nf_product(count[i] - 1, stride[i]);
-        if (reach < 0 || nf_product(extent + reach, (int64_t)c->element) < 0)
-            return NF_E_OVERFLOW;
-        if (stride[i] < dim || (writable && count[i] > 1 && stride[i] < extent))
-            return NF_E_STRIDE;
-        extent += reach;
-    }
-    *bytes = tokens > 0 ? (size_t)extent * c->element : 0;
-    if (*bytes && !data)
-        return NF_E_NULL;
-    return *bytes && !nf_aligned(data, c->element) ? NF_E_ALIGN : NF_OK;
-}
-
 /* The decay of a unit. */
 NF_BOTH float nf_decay(const nf_contract *c, const nf_plan *p, int64_t unit)
 {
     const nf_args *a = &p->args;
     return c->decays && a->decay ? a->decay[unit % a->kv_heads] : 0;
+}
+
+/* The projection of a kv head. */
+NF_BOTH const nf_projection_head *nf_projection_at(const nf_args *a, int64_t head)
+{
+    return (const nf_projection_head *)(const void *)((const char *)a->projection +
+                                                      (size_t)head * a->projection_stride);
 }
 
 /* The hash that ties a state to the features, the scale, the decay and the pattern it was made with. */
@@ -274,13 +226,12 @@ NF_BOTH uint64_t nf_state_hash(const nf_contract *c, const nf_plan *p, int64_t u
         hash = nf_hash(hash, numbers, sizeof numbers);
     }
     if (c->projection) {
-        const char *projection = (const char *)a->projection + (size_t)(unit % a->kv_heads) * a->projection_stride;
-        hash = nf_hash(((const nf_projection_head *)(const void *)projection)->hash, &a->scale, sizeof a->scale);
+        hash = nf_hash(nf_projection_at(a, unit % a->kv_heads)->hash, &a->scale, sizeof a->scale);
         if (a->eps > 0)
             hash = nf_hash(hash, &a->eps, sizeof a->eps);
     }
     if (c->block) {
-        const int64_t pattern[3] = {p->window, p->globals, (int64_t)p->pattern.flags};
+        const int64_t pattern[3] = {p->window, p->globals, (int64_t)p->pattern_flags};
         hash = nf_hash(hash, pattern, sizeof pattern);
     }
     return hash;
@@ -298,21 +249,6 @@ NF_BOTH int nf_state_fits(const nf_contract *c, const nf_plan *p, const nf_state
     return head->magic == NF_MAGIC_STATE && head->abi == NF_CORE_ABI && head->contract == c->hash &&
            head->units == p->units && head->unit_bytes == (int64_t)p->state_unit && head->globals == p->globals &&
            head->ring == p->ring;
-}
-
-/* The decays, and the flags beside them. */
-static nf_status nf_check_decay(const nf_contract *c, const nf_args *a)
-{
-    if (a->flags & ~NF_UNNORMALISED)
-        return NF_E_VALUE;
-    if (!nf_aligned(a->decay, sizeof(float)))
-        return NF_E_ALIGN;
-    if (a->decay && a->mask != NF_CAUSAL)
-        return NF_E_DECAY;
-    for (int64_t h = 0; a->decay && h < a->kv_heads && !c->device; h++)
-        if (!nf_finite(a->decay[h]) || a->decay[h] > 0)
-            return NF_E_DECAY;
-    return NF_OK;
 }
 
 /* The number added to the features. */
@@ -334,9 +270,9 @@ static nf_status nf_check_eps(const nf_contract *c, nf_args *a)
 static nf_status nf_check_shape(const nf_contract *c, const nf_args *args, nf_plan *p)
 {
     nf_args *a = &p->args;
+    memset(p, 0, sizeof *p);
     if (!args)
         return NF_E_NULL;
-    memset(p, 0, sizeof *p);
     *a = *args;
     p->contract = c;
     p->state_unit = sizeof(nf_state_unit) + (size_t)(c->features * (c->values + 2)) * sizeof(float);
@@ -379,8 +315,8 @@ static nf_status nf_check_shape(const nf_contract *c, const nf_args *args, nf_pl
         nf_product(nf_product(nf_product(a->batch, a->heads), a->q_tokens), (c->dim + c->values) * 8) < 0 ||
         nf_product(nf_product(nf_product(a->batch, a->kv_heads), a->kv_tokens), (c->dim + c->values) * 8) < 0)
         return NF_E_OVERFLOW;
-    if (c->block || c->decays) {
-        const nf_status status = c->block ? c->check_pattern(p) : nf_check_decay(c, a);
+    if (c->check) {
+        const nf_status status = c->check(p);
         if (status != NF_OK)
             return status;
     }
@@ -421,8 +357,7 @@ static nf_status nf_check_projection(const nf_plan *p)
     if (nf_product(a->kv_heads, (int64_t)a->projection_stride) < 0)
         return NF_E_OVERFLOW;
     for (int64_t h = 0; h < (a->projection_stride ? a->kv_heads : 1) && !p->contract->device; h++) {
-        const nf_projection_head *head =
-            (const nf_projection_head *)(const void *)((const char *)a->projection + (size_t)h * a->projection_stride);
+        const nf_projection_head *head = nf_projection_at(a, h);
         if (head->magic != NF_MAGIC_PROJECTION || head->abi != NF_CORE_ABI || head->contract != p->contract->hash)
             return NF_E_PROJECTION;
         if (head->calibrated && a->eps > 0)
@@ -453,46 +388,84 @@ static nf_status nf_check_state(const nf_plan *p)
     return NF_OK;
 }
 
-/* Where the call's inputs lie: q, k, v, the projections and the lists, with their extents in bytes. */
+/* The memory that a call reads and writes. */
 typedef struct nf_memory {
-    const void *at[20];
-    size_t bytes[20];
     int count;
+    struct {
+        const void *at;
+        size_t bytes;
+        int written;
+    } part[20];
 } nf_memory;
 
-static void nf_claim(nf_memory *m, const void *at, size_t bytes)
+static void nf_claim(nf_memory *m, const void *at, size_t bytes, int written)
 {
-    m->at[m->count] = at;
-    m->bytes[m->count++] = bytes;
+    m->part[m->count].at = at;
+    m->part[m->count].bytes = bytes;
+    m->part[m->count++].written = written;
 }
 
-/* Do the first `written` regions meet one another or anything else? */
-static int nf_meet(const nf_memory *m, int written)
+/* Does anything written meet anything else? */
+static int nf_meet(const nf_memory *m)
 {
-    for (int i = 0; i < written; i++)
-        for (int j = i + 1; j < m->count; j++)
-            if (nf_overlap(m->at[i], m->bytes[i], m->at[j], m->bytes[j]))
+    for (int i = 0; i < m->count; i++)
+        for (int j = 0; j < i; j++)
+            if ((m->part[i].written || m->part[j].written) &&
+                nf_overlap(m->part[i].at, m->part[i].bytes, m->part[j].at, m->part[j].bytes))
                 return 1;
     return 0;
 }
 
-/* Claim projections, decays, borders and lists. */
+/* A tensor's data and strides. */
+#define NF_TENSOR(t) (t).data, &(t).batch_stride, &(t).token_stride, &(t).head_stride
+
+/* Fill in a tensor's dense strides, and claim its memory. */
+static nf_status nf_claim_tensor(nf_memory *m, const nf_contract *c, int64_t dim, int64_t batch, int64_t tokens,
+                                 int64_t heads, const void *data, int64_t *batch_stride, int64_t *token_stride,
+                                 int64_t *head_stride, int written)
+{
+    const int64_t width = nf_product(heads, dim);
+    int64_t count[3] = {heads, tokens, batch}, stride[3], extent = dim;
+    size_t bytes;
+    stride[0] = *head_stride ? *head_stride : dim;
+    stride[1] = *token_stride ? *token_stride : width;
+    stride[2] = *batch_stride ? *batch_stride : nf_product(tokens, stride[1]);
+    if (*head_stride < 0 || *token_stride < 0 || *batch_stride < 0)
+        return NF_E_STRIDE;
+    if (width < 0 || stride[2] < 0)
+        return NF_E_OVERFLOW;
+    *head_stride = stride[0], *token_stride = stride[1], *batch_stride = stride[2];
+    for (int i = 0; i < 4; i++) /* smallest stride first */
+        if (stride[i % 2] > stride[i % 2 + 1]) {
+            const int64_t s = stride[i % 2], n = count[i % 2];
+            stride[i % 2] = stride[i % 2 + 1], count[i % 2] = count[i % 2 + 1];
+            stride[i % 2 + 1] = s, count[i % 2 + 1] = n;
+        }
+    for (int i = 0; i < 3 && tokens > 0; i++) {
+        const int64_t reach = nf_product(count[i] - 1, stride[i]);
+        if (reach < 0 || nf_product(extent + reach, (int64_t)c->element) < 0)
+            return NF_E_OVERFLOW;
+        if (stride[i] < dim || (written && count[i] > 1 && stride[i] < extent))
+            return NF_E_STRIDE;
+        extent += reach;
+    }
+    bytes = tokens > 0 ? (size_t)extent * c->element : 0;
+    if (bytes && !data)
+        return NF_E_NULL;
+    if (bytes && !nf_aligned(data, c->element))
+        return NF_E_ALIGN;
+    nf_claim(m, data, bytes, written);
+    return NF_OK;
+}
+
+/* Claim the constants of a call: projections, borders and what only the operator has. */
 static void nf_claim_constants(const nf_plan *p, nf_memory *m)
 {
     const nf_args *a = &p->args;
-    nf_claim(m, a->projection, p->contract->projection ? nf_projection_extent(p) : 0);
-    nf_claim(m, a->decay, p->contract->decays ? (size_t)a->kv_heads * sizeof(float) : 0);
-    nf_claim(m, a->cu_tokens, ((size_t)a->sequences + 1) * sizeof(int32_t));
-    if (p->contract->block) {
-        const nf_pattern *pattern = a->pattern;
-        const size_t offsets = (size_t)(pattern->block_heads * (pattern->block_rows + 1));
-        nf_claim(m, pattern, sizeof *pattern);
-        nf_claim(m, pattern->dilation, (size_t)a->heads * sizeof(int32_t));
-        nf_claim(m, pattern->far_gain, (size_t)a->heads * sizeof(float));
-        nf_claim(m, pattern->global_tokens, (size_t)pattern->global_count * sizeof(int32_t));
-        nf_claim(m, pattern->block_offsets, offsets * sizeof(int32_t));
-        nf_claim(m, pattern->block_keys, (size_t)pattern->block_count * sizeof(int32_t));
-    }
+    nf_claim(m, a->projection, p->contract->projection ? nf_projection_extent(p) : 0, 0);
+    nf_claim(m, a->cu_tokens, ((size_t)a->sequences + 1) * sizeof(int32_t), 0);
+    if (p->contract->claim)
+        p->contract->claim(p, m);
 }
 
 /* Claim what every call reads. */
@@ -500,25 +473,20 @@ static nf_status nf_check_inputs(nf_plan *p, nf_memory *m)
 {
     const nf_contract *c = p->contract;
     nf_args *a = &p->args;
-    size_t q, k, v;
+    const int64_t batch = a->batch, keys = a->kv_tokens, kv_heads = a->kv_heads;
     nf_status status;
-    if ((status = nf_extent(c, c->dim, a->batch, a->q_tokens, a->heads, a->q.data, &a->q.batch_stride,
-                            &a->q.token_stride, &a->q.head_stride, 0, &q)) != NF_OK ||
-        (status = nf_extent(c, c->dim, a->batch, a->kv_tokens, a->kv_heads, a->k.data, &a->k.batch_stride,
-                            &a->k.token_stride, &a->k.head_stride, 0, &k)) != NF_OK ||
-        (status = nf_extent(c, c->values, a->batch, a->kv_tokens, a->kv_heads, a->v.data, &a->v.batch_stride,
-                            &a->v.token_stride, &a->v.head_stride, 0, &v)) != NF_OK ||
+    if ((status = nf_claim_tensor(m, c, c->dim, batch, a->q_tokens, a->heads, NF_TENSOR(a->q), 0)) != NF_OK ||
+        (status = nf_claim_tensor(m, c, c->dim, batch, keys, kv_heads, NF_TENSOR(a->k), 0)) != NF_OK ||
+        (status = nf_claim_tensor(m, c, c->values, batch, keys, kv_heads, NF_TENSOR(a->v), 0)) != NF_OK ||
         (status = nf_check_projection(p)) != NF_OK)
         return status;
-    nf_claim(m, a->q.data, q);
-    nf_claim(m, a->k.data, k);
-    nf_claim(m, a->v.data, v);
     nf_claim_constants(p, m);
     return NF_OK;
 }
 
-static nf_status nf_check_workspace(const nf_contract *c, const void *workspace, size_t bytes)
+static nf_status nf_check_workspace(nf_memory *m, const nf_contract *c, const void *workspace, size_t bytes)
 {
+    nf_claim(m, workspace, c->workspace, 1);
     if (!workspace)
         return NF_E_NULL;
     if (!nf_aligned(workspace, NF_ALIGN))
@@ -533,7 +501,8 @@ NF_UNUSED static nf_status nf_check(const nf_contract *c, const nf_args *args, v
     const int stateful = c->features || c->block;
     nf_status status = nf_check_shape(c, args, p);
     nf_args *a = &p->args;
-    nf_memory m = {{NULL}, {0}, 4};
+    nf_memory m;
+    m.count = 0;
     if (status != NF_OK)
         return status;
     if (decode && a->mask != NF_CAUSAL)
@@ -543,17 +512,14 @@ NF_UNUSED static nf_status nf_check(const nf_contract *c, const nf_args *args, v
     if (decode && stateful && a->state && a->kv_tokens != a->q_tokens)
         return NF_E_TOKENS;
     if ((status = nf_check_inputs(p, &m)) != NF_OK ||
-        (status = nf_extent(c, c->values, a->batch, a->q_tokens, a->heads, a->out.data, &a->out.batch_stride,
-                            &a->out.token_stride, &a->out.head_stride, 1, &m.bytes[0])) != NF_OK ||
-        (status = nf_check_state(p)) != NF_OK || (status = nf_check_workspace(c, workspace, bytes)) != NF_OK)
+        (status = nf_claim_tensor(&m, c, c->values, a->batch, a->q_tokens, a->heads, NF_TENSOR(a->out), 1)) != NF_OK ||
+        (status = nf_check_state(p)) != NF_OK || (status = nf_check_workspace(&m, c, workspace, bytes)) != NF_OK)
         return status;
-    if (a->lse && !nf_aligned(a->lse, sizeof(float)))
+    if (!nf_aligned(a->lse, sizeof(float)))
         return NF_E_ALIGN;
-    m.at[0] = a->out.data;
-    m.at[1] = a->lse, m.bytes[1] = (size_t)a->batch * (size_t)a->heads * (size_t)a->q_tokens * sizeof(float);
-    m.at[2] = workspace, m.bytes[2] = c->workspace;
-    m.at[3] = a->state, m.bytes[3] = p->state_bytes;
-    return nf_meet(&m, 4) ? NF_E_OVERLAP : NF_OK;
+    nf_claim(&m, a->lse, (size_t)(a->batch * a->heads * a->q_tokens) * sizeof(float), 1);
+    nf_claim(&m, a->state, p->state_bytes, 1);
+    return nf_meet(&m) ? NF_E_OVERLAP : NF_OK;
 }
 
 /* Everything about a backward call; *grads becomes the caller's with its dense strides filled in. */
@@ -562,41 +528,31 @@ NF_UNUSED static nf_status nf_check_backward(const nf_contract *c, const nf_args
 {
     nf_status status = nf_check_shape(c, args, p);
     const nf_args *a = &p->args;
-    nf_memory m = {{NULL}, {0}, 4};
-    nf_input *const read[2] = {&grads->out, &grads->dout};
-    nf_output *const written[3] = {&grads->dq, &grads->dk, &grads->dv};
-    const size_t sums = (size_t)(status == NF_OK ? a->batch * a->heads * a->q_tokens : 0) * sizeof(float);
+    const int64_t batch = a->batch, queries = a->q_tokens, keys = a->kv_tokens, heads = a->heads;
+    nf_grads *g = grads;
+    nf_memory m;
+    m.count = 0;
     if (status == NF_OK && a->state)
         status = NF_E_STATE;
     if (status == NF_OK && a->eps > 0 && c->eps == NF_EPS_FULL)
         status = NF_E_EPS;
-    if (status != NF_OK || (status = nf_check_inputs(p, &m)) != NF_OK)
+    if (status != NF_OK || (status = nf_check_inputs(p, &m)) != NF_OK ||
+        (status = nf_claim_tensor(&m, c, c->values, batch, queries, heads, NF_TENSOR(g->out), 0)) != NF_OK ||
+        (status = nf_claim_tensor(&m, c, c->values, batch, queries, heads, NF_TENSOR(g->dout), 0)) != NF_OK ||
+        (status = nf_claim_tensor(&m, c, c->dim, batch, queries, heads, NF_TENSOR(g->dq), 1)) != NF_OK ||
+        (status = nf_claim_tensor(&m, c, c->dim, batch, keys, a->kv_heads, NF_TENSOR(g->dk), 1)) != NF_OK ||
+        (status = nf_claim_tensor(&m, c, c->values, batch, keys, a->kv_heads, NF_TENSOR(g->dv), 1)) != NF_OK)
         return status;
-    for (int i = 0; i < 2; i++) {
-        size_t extent;
-        if ((status = nf_extent(c, c->values, a->batch, a->q_tokens, a->heads, read[i]->data, &read[i]->batch_stride,
-                                &read[i]->token_stride, &read[i]->head_stride, 0, &extent)) != NF_OK)
-            return status;
-        nf_claim(&m, read[i]->data, extent);
-    }
-    for (int i = 0; i < 3; i++) {
-        m.at[i] = written[i]->data;
-        if ((status = nf_extent(c, i < 2 ? c->dim : c->values, a->batch, i ? a->kv_tokens : a->q_tokens,
-                                i ? a->kv_heads : a->heads, written[i]->data, &written[i]->batch_stride,
-                                &written[i]->token_stride, &written[i]->head_stride, 1, &m.bytes[i])) != NF_OK)
-            return status;
-    }
-    if (!grads->lse && a->q_tokens)
+    if (!g->lse && queries)
         return NF_E_NULL;
-    if (!nf_aligned(grads->lse, sizeof(float)) || !nf_aligned(grads->dlse, sizeof(float)))
+    if (!nf_aligned(g->lse, sizeof(float)) || !nf_aligned(g->dlse, sizeof(float)))
         return NF_E_ALIGN;
-    if ((status = nf_check_workspace(c, workspace, bytes)) != NF_OK)
+    if ((status = nf_check_workspace(&m, c, workspace, bytes)) != NF_OK)
         return status;
-    nf_claim(&m, grads->lse, sums);
-    nf_claim(&m, grads->dlse, sums);
-    m.at[3] = workspace, m.bytes[3] = c->workspace;
-    p->grads = grads;
-    return nf_meet(&m, 4) ? NF_E_OVERLAP : NF_OK;
+    nf_claim(&m, g->lse, (size_t)(batch * heads * queries) * sizeof(float), 0);
+    nf_claim(&m, g->dlse, (size_t)(batch * heads * queries) * sizeof(float), 0);
+    p->grads = g;
+    return nf_meet(&m) ? NF_E_OVERLAP : NF_OK;
 }
 
 /* A unit's place in a tensor. */
@@ -610,7 +566,7 @@ NF_BOTH size_t nf_offset(const nf_contract *c, int64_t batch, int64_t token, int
      nf_offset(c, batch, first, head, (tensor).batch_stride, (tensor).token_stride, (tensor).head_stride))
 
 /* The unit of a plan. */
-NF_BOTH nf_unit nf_unit_at(const nf_contract *c, const nf_plan *p, int64_t unit, nf_unit_grads *grads)
+NF_BOTH nf_unit nf_unit_at(const nf_contract *c, const nf_plan *p, int64_t unit, nf_grads *grads)
 {
     const nf_args *a = &p->args;
     const int64_t entry = unit / a->kv_heads, h = unit % a->kv_heads, batch = a->cu_tokens ? 0 : entry;
@@ -639,8 +595,7 @@ NF_BOTH nf_unit nf_unit_at(const nf_contract *c, const nf_plan *p, int64_t unit,
     u.decay = nf_decay(c, p, unit);
     u.mask = a->mask;
     u.flags = a->flags;
-    u.projection =
-        a->projection && c->projection ? (const char *)a->projection + (size_t)h * a->projection_stride : NULL;
+    u.projection = a->projection && c->projection ? nf_projection_at(a, h) : NULL;
     u.pattern = a->pattern;
     u.first_head = head;
     u.window = p->window, u.globals = p->globals, u.ring = p->ring;
@@ -652,23 +607,17 @@ NF_BOTH nf_unit nf_unit_at(const nf_contract *c, const nf_plan *p, int64_t unit,
         u.near_value = u.near_key + (p->globals + p->ring) * c->dim;
     }
     if (p->grads && grads) {
-        const nf_grads *g = p->grads;
-        __builtin_memset(grads, 0, sizeof *grads);
-        grads->out_stride = g->out.token_stride, grads->dout_stride = g->dout.token_stride;
-        grads->dq_stride = g->dq.token_stride, grads->dk_stride = g->dk.token_stride;
-        grads->dv_stride = g->dv.token_stride;
-        grads->out_head = g->out.head_stride, grads->dout_head = g->dout.head_stride;
-        grads->dq_head = g->dq.head_stride;
+        *grads = *p->grads;
         if (u.q_tokens) {
-            grads->out = NF_AT(const char *, g->out, head);
-            grads->dout = NF_AT(const char *, g->dout, head);
-            grads->dq = NF_AT(char *, g->dq, head);
-            grads->lse = g->lse + row;
-            grads->dlse = g->dlse ? g->dlse + row : NULL;
+            grads->out.data = NF_AT(const char *, grads->out, head);
+            grads->dout.data = NF_AT(const char *, grads->dout, head);
+            grads->dq.data = NF_AT(char *, grads->dq, head);
+            grads->lse += row;
+            grads->dlse = grads->dlse ? grads->dlse + row : NULL;
         }
         if (u.kv_tokens) {
-            grads->dk = NF_AT(char *, g->dk, h);
-            grads->dv = NF_AT(char *, g->dv, h);
+            grads->dk.data = NF_AT(char *, grads->dk, h);
+            grads->dv.data = NF_AT(char *, grads->dv, h);
         }
         u.grads = grads;
     }
@@ -680,7 +629,7 @@ NF_BOTH nf_unit nf_unit_at(const nf_contract *c, const nf_plan *p, int64_t unit,
 NF_UNUSED static void nf_run(const nf_plan *p, nf_unit_fn run, void *workspace)
 {
     for (int64_t unit = p->begin; unit < p->end; unit++) {
-        nf_unit_grads grads;
+        nf_grads grads;
         const nf_unit u = nf_unit_at(p->contract, p, unit, &grads);
         run(&u, workspace);
         if (u.state)

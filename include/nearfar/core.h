@@ -1,4 +1,4 @@
-/* ---- nearfar core: what every kernel shares ------------------------------------------------------------------------
+/* ---- nearfar core: what every kernel shares ----
  *
  * One argument struct for every operator and backend; zero means default. Packed sequences stand behind one another in
  * one batch entry, sequence s from cu_tokens[s] to cu_tokens[s + 1].
@@ -101,39 +101,6 @@ typedef struct nf_output {
     int64_t batch_stride, token_stride, head_stride;
 } nf_output;
 
-/* Which keys a query sees, within the mask: the union of the parts, each key once. Positions count from the first token
- * of the sequence (with a state: from the first token that it has seen). The query of the last token sees the last key.
- *
- * window: sparse, the last `window` keys, the query's own among them (NF_FULL: as many on the other side too), of a
- * head with dilation d every d-th of them; hybrid, at least so many keys before the query's, in whole blocks.
- *
- * globals: the first `globals` tokens and those listed. Every query sees them, and they see every key.
- *
- * blocks (sparse only): query block b of list h sees the key blocks block_keys[block_offsets[h * (block_rows + 1) + b]]
- * up to that of b + 1. Offsets run through all lists: the first is 0, the last block_count.
- *
- * A state carries window and `globals`; for listed tokens and blocks the call must hold all the keys. */
-typedef struct nf_pattern {
-    int64_t window;               /* 0: none (hybrid: the query's own block alone) */
-    const int32_t *dilation;      /* [heads], or NULL: 1 for all */
-    int64_t globals;              /* 0: none */
-    const int32_t *global_tokens; /* [global_count] rising positions, or NULL */
-    int64_t global_count;
-    int64_t block;                /* tokens of a block in the lists: the contract's, or 0 without lists */
-    int64_t block_heads;          /* number of lists: 1, the same for all heads, or heads */
-    int64_t block_rows;           /* query blocks of each list */
-    int64_t block_count;          /* length of block_keys */
-    const int32_t *block_offsets; /* [block_heads * (block_rows + 1)], or NULL: no lists */
-    const int32_t *block_keys;    /* [block_count] numbers of key blocks, rising within each row */
-    const float *far_gain;        /* hybrid: [heads] added to the logits of the far field, or NULL: 0 */
-    uint32_t flags;               /* hybrid: NF_FAR_EXACT */
-} nf_pattern;
-
-/* The other way round: features (with their far_gain) within the window and the own block, exact softmax to the
- * globals, nothing else; global queries are exact as ever. The far field of a state then holds the window up to the
- * last token. */
-#define NF_FAR_EXACT 1u
-
 /* The arguments of every forward and decode. Sizes are counts, all of them signed 64 bit. */
 typedef struct nf_args {
     int64_t batch;     /* at least 1 */
@@ -142,23 +109,23 @@ typedef struct nf_args {
     int64_t q_tokens;  /* queries per sequence; packed: all tokens together */
     int64_t kv_tokens; /* keys per sequence; 0 = q_tokens */
     nf_input q, k, v;
-    nf_output out;             /* overlaps no other memory of the call */
-    float *lse;                /* [batch, heads, q_tokens] natural log of the kernel sum (linear: the sum), or NULL */
-    float scale;               /* of the logits; 0 = 1/sqrt(D) (linear: see its manual) */
-    int32_t mask;              /* nf_mask */
-    const int32_t *cu_tokens;  /* packed sequences: their sequences + 1 borders, or NULL */
-    int64_t sequences;         /* number of packed sequences */
-    const void *projection;    /* of operators with random features */
-    size_t projection_stride;  /* bytes from one kv head's projection to the next; 0 = one for all heads */
-    const nf_pattern *pattern; /* of operators over a pattern; the others see every key */
-    void *state;               /* carried in and out, or NULL */
-    int64_t split_begin;       /* first unit of this call; a unit is one kv head of one batch entry or sequence */
-    int64_t split_count;       /* units of this call; 0 = all from split_begin on */
-    void *stream;              /* GPU stream; ignored on a CPU */
-    const float *decay;        /* linear, causal: [kv_heads] natural log of what a token's distance of 1 leaves of its
-                                  weight, at most 0; NULL: 0 for all */
-    uint32_t flags;            /* linear: NF_UNNORMALISED */
-    float eps;                 /* added to features: of favor_relu, 0 = 1e-3; of favor_exp, 0 = not; others take 0 */
+    nf_output out;            /* overlaps no other memory of the call */
+    float *lse;               /* [batch, heads, q_tokens] natural log of the kernel sum (linear: the sum), or NULL */
+    float scale;              /* of the logits; 0 = 1/sqrt(D) (linear: see its manual) */
+    int32_t mask;             /* nf_mask */
+    const int32_t *cu_tokens; /* packed sequences: their sequences + 1 borders, or NULL */
+    int64_t sequences;        /* number of packed sequences */
+    const void *projection;   /* of operators with random features */
+    size_t projection_stride; /* bytes from one kv head's projection to the next; 0 = one for all heads */
+    const struct nf_pattern *pattern; /* of operators over a pattern; the others see every key */
+    void *state;                      /* carried in and out, or NULL */
+    int64_t split_begin; /* first unit of this call; a unit is one kv head of one batch entry or sequence */
+    int64_t split_count; /* units of this call; 0 = all from split_begin on */
+    void *stream;        /* GPU stream; ignored on a CPU */
+    const float *decay;  /* linear, causal: [kv_heads] natural log of what a token's distance of 1 leaves of its
+                            weight, at most 0; NULL: 0 for all */
+    uint32_t flags;      /* linear: NF_UNNORMALISED */
+    float eps;           /* added to features: of favor_relu, 0 = 1e-3; of favor_exp, 0 = not; others take 0 */
 } nf_args;
 
 #define NF_UNNORMALISED 1u /* out_i = sum_j A_ij v_j, not divided by sum_j A_ij */
@@ -222,14 +189,16 @@ typedef struct nf_state_unit {
     uint32_t reserved[10];
 } nf_state_unit;
 
+typedef nf_status nf_forward_fn(const nf_args *args, void *workspace, size_t bytes);
+typedef nf_status nf_backward_fn(const nf_args *args, const nf_grads *grads, void *workspace, size_t bytes);
+
 /* One way to run a kernel. Variants of one kernel are interchangeable; a variant run where supported() is 0 returns
  * NF_E_UNSUPPORTED. */
 typedef struct nf_variant {
     const char *name;   /* also the symbol's stem: <name>_forward, _decode, _backward */
     const char *target; /* instruction set */
-    nf_status (*forward)(const nf_args *args, void *workspace, size_t bytes);
-    nf_status (*decode)(const nf_args *args, void *workspace, size_t bytes);
-    nf_status (*backward)(const nf_args *args, const nf_grads *grads, void *workspace, size_t bytes);
+    nf_forward_fn *forward, *decode;
+    nf_backward_fn *backward;
     int (*supported)(void);
 } nf_variant;
 

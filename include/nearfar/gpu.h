@@ -515,8 +515,7 @@ NF_DEVICE void nf_store8(uint16_t *p, const uint16_t *x)
     nf_store4((float *)(void *)p, y);
 }
 
-/* ---- fragments: tiles of 16 x 16 on the matrix units
- * ------------------------------------------------------------------
+/* ---- fragments: tiles of 16 x 16 on the matrix units ----
  *
  * One product for all: c [16][16] += a [16][16] b [16][16], a and b of 16-bit numbers, spread over the lanes of a warp
  * as the vendors document it: NF_SM80, PTX ISA "matrix fragments for mma.m16n8k16"; NF_CDNA, CDNA3 ISA "matrix
@@ -773,20 +772,21 @@ NF_DEVICE nf_fragment nf_operand_f16(nf_sums *c)
 }
 #endif /* NF_FRAGMENTS */
 
-/* ---- launches ---------------------------------------------------------------------------------------------------- */
+/* ---- launches ---- */
 
 /* What a kernel gets, by value: a checked call, and which part of it this launch does. */
 typedef struct nf_work {
     nf_plan plan; /* its `contract` is the host's: kernels read the copy below */
     nf_contract contract;
-    int part;       /* what to do, one of the operator's */
-    int64_t first;  /* the launch's first segment; block (x, y) does segment first + y of unit begin + x */
-    int64_t length; /* tokens of a segment */
-    int64_t round;  /* rounds of segments so far */
-    int64_t count;  /* segments of a round, for which there are slots; of operators without: blocks along y */
-    float *slots;   /* in the workspace */
-    int *verdict;   /* in the workspace: 0 where a block of the pattern's check found a fault; NULL: no check */
-    void *dst;      /* of a merge, from a and b */
+    nf_pattern pattern; /* of operators over one: args.pattern is the host's */
+    int part;           /* what to do, one of the operator's */
+    int64_t first;      /* the launch's first segment; block (x, y) does segment first + y of unit begin + x */
+    int64_t length;     /* tokens of a segment */
+    int64_t round;      /* rounds of segments so far */
+    int64_t count;      /* segments of a round, for which there are slots; of operators without: blocks along y */
+    float *slots;       /* in the workspace */
+    int *verdict;       /* in the workspace: 0 where a block of the pattern's check found a fault; NULL: no check */
+    void *dst;          /* of a merge, from a and b */
     const void *a, *b;
 } nf_work;
 
@@ -889,7 +889,7 @@ NF_UNUSED static nf_status nf_launch(nf_kernel kernel, const nf_work *work, int6
 
 #endif
 
-/* ---- a block's unit ---------------------------------------------------------------------------------------------- */
+/* ---- a block's unit ---- */
 
 NF_DEVICE float nf_nan(void)
 {

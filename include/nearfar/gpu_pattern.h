@@ -1,4 +1,4 @@
-/* ---- patterns on a GPU: checked there, and walked along by the blocks of a launch -----------------------------------
+/* ---- patterns on a GPU: checked there, and walked along by the blocks of a launch ----
  *
  * args->pattern is the host's, the numbers that it points to are the GPU's. A block takes a chunk of rows, which all
  * see much the same keys; what they see is a few lists that can be indexed, and of every key an interval of rows. So
@@ -35,7 +35,7 @@ NF_DEVICE int nf_sound_row(const nf_pattern *p, int64_t i, int64_t blocks)
 /* Look at the pattern's numbers, each block at its share: verdict[block] is 1 where they are sound. */
 NF_KERNEL(NF_CHECK_THREADS, 1) nf_check_numbers(nf_work w)
 {
-    const nf_pattern *const p = &w.plan.pattern;
+    const nf_pattern *const p = &w.pattern;
     const nf_args *const a = &w.plan.args;
     const int64_t first = nf_block_x() * NF_CHECK_THREADS + nf_thread(),
                   step = (int64_t)NF_CHECK_THREADS * NF_CHECK_BLOCKS;
@@ -66,7 +66,7 @@ NF_KERNEL(NF_CHECK_THREADS, 1) nf_check_numbers(nf_work w)
 /* Launch the check where there is something to check. */
 NF_UNUSED static nf_status nf_launch_check(nf_work *w)
 {
-    if (nf_pattern_numbers(&w->plan.pattern))
+    if (nf_pattern_numbers(&w->pattern))
         return nf_launch(nf_check_numbers, w, NF_CHECK_BLOCKS, 1, NF_CHECK_THREADS, sizeof(int));
     w->verdict = NULL;
     return NF_OK;

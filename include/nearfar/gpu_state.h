@@ -327,7 +327,7 @@ NF_UNUSED static nf_status nf_launch_segments(nf_kernel kernel, nf_work *w, int 
 NF_UNUSED static nf_status nf_launch_reset(const nf_contract *c, const nf_args *args)
 {
     nf_work w;
-    nf_memory m = {{NULL}, {0}, 0};
+    nf_memory m;
     nf_status status = nf_check_shape(c, args, &w.plan);
     if (status != NF_OK || (status = nf_check_projection(&w.plan)) != NF_OK)
         return status;
@@ -337,9 +337,10 @@ NF_UNUSED static nf_status nf_launch_reset(const nf_contract *c, const nf_args *
         return NF_E_OVERFLOW;
     if (!nf_aligned(w.plan.args.state, NF_ALIGN))
         return NF_E_ALIGN;
-    nf_claim(&m, w.plan.args.state, w.plan.state_bytes);
+    m.count = 0;
+    nf_claim(&m, w.plan.args.state, w.plan.state_bytes, 1);
     nf_claim_constants(&w.plan, &m);
-    if (nf_meet(&m, 1))
+    if (nf_meet(&m))
         return NF_E_OVERLAP;
     w.contract = *c;
     return nf_launch(nf_reset, &w, w.plan.units, 1, NF_STATE_THREADS, 0);
@@ -353,7 +354,7 @@ NF_UNUSED static nf_status nf_launch_merge(const nf_contract *c, const nf_args *
     if (status != NF_OK)
         return status;
     if (!w.plan.state_bytes) /* no state of this pattern can be: a dilation, or more than an address reaches */
-        return c->block && w.plan.pattern.dilation ? NF_E_PATTERN : NF_E_OVERFLOW;
+        return c->block && args->pattern->dilation ? NF_E_PATTERN : NF_E_OVERFLOW;
     if (!dst || !a || !b)
         return NF_E_NULL;
     if (!nf_aligned(dst, NF_ALIGN) || !nf_aligned(a, NF_ALIGN) || !nf_aligned(b, NF_ALIGN))

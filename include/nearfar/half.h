@@ -1,5 +1,4 @@
-/* ---- tensors of 16-bit floats: loaded as and rounded from float, to nearest, ties to even
- * -----------------------------
+/* ---- tensors of 16-bit floats: loaded as and rounded from float, to nearest, ties to even ----
  *
  * get and put of simd.h for bf16 and f16: n lanes, n a constant, a multiple of 8 (of 4 on four lanes) or not positive.
  */

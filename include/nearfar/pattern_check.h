@@ -1,5 +1,4 @@
-/* ---- patterns: checked and resolved before any work
- * ------------------------------------------------------------------ */
+/* ---- patterns: checked and resolved before any work ---- */
 #ifndef NF_PATTERN_CHECK_READY
 #define NF_PATTERN_CHECK_READY
 
@@ -108,10 +107,24 @@ static nf_status nf_check_pattern(nf_plan *p)
         p->window = pattern->window;
         p->ring = p->window ? (p->window - 1) * dilation + 1 : 0;
     }
-    p->pattern = *pattern;
+    p->pattern_flags = pattern->flags;
     rows = unknown ? -1 : nf_product(p->globals + p->ring, c->dim * 2 * (int64_t)sizeof(float));
     p->state_unit = rows < 0 ? 0 : p->state_unit + (size_t)rows;
     return rows < 0 && a->state ? NF_E_OVERFLOW : NF_OK;
+}
+
+/* The memory of the pattern and of what it points to. */
+static void nf_claim_pattern(const nf_plan *p, nf_memory *m)
+{
+    const nf_pattern *pattern = p->args.pattern;
+    const size_t heads = (size_t)p->args.heads;
+    nf_claim(m, pattern, sizeof *pattern, 0);
+    nf_claim(m, pattern->dilation, heads * sizeof(int32_t), 0);
+    nf_claim(m, pattern->far_gain, heads * sizeof(float), 0);
+    nf_claim(m, pattern->global_tokens, (size_t)pattern->global_count * sizeof(int32_t), 0);
+    nf_claim(m, pattern->block_offsets, (size_t)(pattern->block_heads * (pattern->block_rows + 1)) * sizeof(int32_t),
+             0);
+    nf_claim(m, pattern->block_keys, (size_t)pattern->block_count * sizeof(int32_t), 0);
 }
 
 /* Number of listed tokens before a position. */

@@ -1,4 +1,4 @@
-/* ---- projections: sampled, given or fitted to a head ------------------------------------------------------------
+/* ---- projections: sampled, given or fitted to a head ----
  *
  * A matrix w [rows][D] in natural units, and a head's calibration: with x' = sqrt(scale) x the features are e^(w x^ -
  * |x^|^2 / 2) of q^ = q_factor (q' - q_mean') and k^ = k_factor (k' - k_mean'). The rest of the logit is a weight of
@@ -11,6 +11,7 @@
 typedef struct nf_projection_shape {
     uint64_t contract;
     int rows, dim, stride; /* stride: of a column of w, padded to an odd number of cache lines */
+    size_t bytes;
 } nf_projection_shape;
 
 /* The calibration of one head, [dim] each. */
@@ -80,59 +81,56 @@ static int64_t nf_normal(uint64_t *counter)
     }
 }
 
-/* In place: the Hadamard transform of every block of x, in whole numbers. */
-static void nf_hadamard(int32_t *x, int dim, int block)
-{
-    for (int half = 1; half < block; half *= 2)
-        for (int i = 0; i < dim; i++)
-            if (!(i & half)) {
-                const int32_t a = x[i], b = x[i + half];
-                x[i] = a + b;
-                x[i + half] = a - b;
-            }
-}
-
 enum { NF_MOST_DIM = 256 };
+
+/* One round on a row: permutation, signs and, in every block, the Hadamard transform. Whole numbers below 2^24. */
+static void nf_hadamard(float *row, const int *from, const float *sign, int dim, int block)
+{
+    float x[NF_MOST_DIM];
+    for (int d = 0; d < dim; d++)
+        x[d] = row[from[d]] * sign[d];
+    for (int half = 1; half < block; half *= 2)
+        for (int d = 0; d < dim; d++)
+            if (!(d & half)) {
+                const float a = x[d], b = x[d + half];
+                x[d] = a + b;
+                x[d + half] = a - b;
+            }
+    memcpy(row, x, (size_t)dim * sizeof(float));
+}
 
 /* The first rows of a random rotation in whole numbers, and what all dim rows sum up to; returns the square of a row's
  * norm. Rounds of permutation, random signs and (blockwise) Hadamard transform (orthogonal random features, Yu et al.
  * 2016, section 4): exactly orthogonal. */
 static double nf_rotation_hadamard(float *w, int rows, int dim, uint64_t *counter, int64_t *sum)
 {
-    enum { ROUNDS = 6 };
-    const int block = dim & -dim, rounds = block == dim ? 3 : ROUNDS;
-    int16_t from[ROUNDS][NF_MOST_DIM];
-    int32_t sign[ROUNDS][NF_MOST_DIM];
+    const int block = dim & -dim;
+    float ones[NF_MOST_DIM];
     double square = 1;
-    for (int k = 0; k < rounds; k++) {
+    for (int d = 0; d < dim; d++) {
+        ones[d] = 1;
+        for (int r = 0; r < rows; r++)
+            w[r * dim + d] = r == d ? 1.0f : 0.0f;
+    }
+    for (int round = block == dim ? 3 : 6; round > 0; round--) {
+        int from[NF_MOST_DIM];
+        float sign[NF_MOST_DIM];
         square *= block;
         for (int d = 0; d < dim; d++) {
-            from[k][d] = (int16_t)d;
-            sign[k][d] = nf_random(counter) >> 63 ? -1 : 1;
+            from[d] = d;
+            sign[d] = nf_random(counter) >> 63 ? -1.0f : 1.0f;
         }
         for (int d = dim - 1; d > 0; d--) {
-            const int other = (int)(nf_random(counter) % (uint64_t)(d + 1));
-            const int16_t t = from[k][d];
-            from[k][d] = from[k][other];
-            from[k][other] = t;
+            const int other = (int)(nf_random(counter) % (uint64_t)(d + 1)), t = from[d];
+            from[d] = from[other];
+            from[other] = t;
         }
+        for (int r = 0; r < rows; r++)
+            nf_hadamard(w + r * dim, from, sign, dim, block);
+        nf_hadamard(ones, from, sign, dim, block);
     }
-    for (int r = 0; r <= rows; r++) { /* after the rows, their sum: the image of ones */
-        int32_t x[NF_MOST_DIM] = {0}, y[NF_MOST_DIM] = {0};
-        for (int d = 0; d < dim; d++)
-            x[d] = r == rows || r == d;
-        for (int k = 0; k < rounds; k++) {
-            for (int d = 0; d < dim; d++)
-                y[d] = x[from[k][d]] * sign[k][d];
-            memcpy(x, y, sizeof x);
-            nf_hadamard(x, dim, block);
-        }
-        for (int d = 0; d < dim; d++)
-            if (r < rows)
-                w[r * dim + d] = (float)x[d];
-            else
-                sum[d] = x[d];
-    }
+    for (int d = 0; d < dim; d++)
+        sum[d] = (int64_t)ones[d];
     return square;
 }
 
@@ -211,9 +209,11 @@ static void nf_sample(const nf_projection_shape *shape, uint64_t seed, uint32_t 
     }
 }
 
-static nf_status nf_check_sample(const float *x, int64_t tokens, int64_t stride, int64_t dim)
+/* A sample, which must not meet the projection. */
+static nf_status nf_check_sample(const nf_projection_shape *shape, const void *projection, const float *x,
+                                 int64_t tokens, int64_t stride)
 {
-    const int64_t step = stride ? stride : dim;
+    const int64_t dim = shape->dim, step = stride ? stride : dim;
     if (!x)
         return NF_E_NULL;
     if (!nf_aligned(x, sizeof(float)))
@@ -229,15 +229,16 @@ static nf_status nf_check_sample(const float *x, int64_t tokens, int64_t stride,
         if (!nf_finite(y) || y > 1e15f || y < -1e15f)
             return NF_E_VALUE;
     }
-    return NF_OK;
+    return nf_overlap(projection, shape->bytes, x, (size_t)((tokens - 1) * step + dim) * sizeof(float)) ? NF_E_OVERLAP
+                                                                                                        : NF_OK;
 }
 
-static nf_status nf_check_calibration(const nf_projection_shape *shape, const nf_calibration *c)
+static nf_status nf_check_calibration(const nf_projection_shape *shape, const void *projection, const nf_calibration *c)
 {
     const int none = !c->q && !c->k && !c->q_tokens && !c->k_tokens;
-    nf_status status = none ? NF_OK : nf_check_sample(c->q, c->q_tokens, c->q_stride, shape->dim);
+    nf_status status = none ? NF_OK : nf_check_sample(shape, projection, c->q, c->q_tokens, c->q_stride);
     if (status == NF_OK && !none)
-        status = nf_check_sample(c->k, c->k_tokens, c->k_stride, shape->dim);
+        status = nf_check_sample(shape, projection, c->k, c->k_tokens, c->k_stride);
     if (status == NF_OK && (!nf_finite(c->tau) || (c->tau != 0 && c->tau < 1e-3f) || c->tau > 1 || c->flags > 31))
         status = NF_E_VALUE;
     return status;
@@ -289,81 +290,64 @@ static float nf_calibrate(const nf_projection_shape *shape, const nf_calibration
     return (float)constant;
 }
 
-/* The arrays of a projection, in the order of their places behind its head. */
-typedef struct nf_projection_arrays {
-    float *w, *columns, *fit, *constant;
-} nf_projection_arrays;
-
-static nf_projection_arrays nf_arrays(const nf_projection_shape *shape, void *projection)
+/* The matrix of a projection: the first of its arrays. */
+static float *nf_matrix(void *projection)
 {
-    nf_projection_arrays p;
-    p.w = (float *)(void *)((nf_projection_head *)projection + 1);
-    p.columns = p.w + shape->rows * shape->dim;
-    p.fit = p.columns + shape->dim * shape->stride;
-    p.constant = p.fit + 8 * shape->dim;
-    return p;
+    return (float *)(void *)((nf_projection_head *)projection + 1);
 }
 
 /* Everything of a projection that follows from w and the sample. */
 static void nf_projection_finish(const nf_projection_shape *shape, void *projection, const nf_calibration *calibration)
 {
-    const nf_projection_arrays p = nf_arrays(shape, projection);
     const size_t dim = (size_t)shape->dim, rows = (size_t)shape->rows, stride = (size_t)shape->stride;
     nf_projection_head *head = (nf_projection_head *)projection;
-    p.constant[0] = nf_calibrate(shape, calibration, p.fit);
-    memset(p.columns, 0, dim * stride * sizeof(float));
+    float *w = nf_matrix(projection), *columns = w + rows * dim, *fit = columns + dim * stride,
+          *constant = fit + 8 * dim;
+    *constant = nf_calibrate(shape, calibration, fit);
+    memset(columns, 0, dim * stride * sizeof(float));
     for (size_t i = 0; i < rows * dim; i++)
-        p.columns[i % dim * stride + i / dim] = p.w[i];
+        columns[i % dim * stride + i / dim] = w[i];
     memset(head, 0, sizeof *head);
     head->magic = NF_MAGIC_PROJECTION;
     head->abi = NF_CORE_ABI;
     head->contract = shape->contract;
     /* without a sample and tempering, it only says how w was drawn */
     head->calibrated = calibration && (calibration->q || (calibration->tau > 0 && calibration->tau < 1));
-    head->hash = nf_hash(shape->contract, p.w, rows * dim * sizeof(float));
-    head->hash = nf_hash(head->hash, p.fit, NF_FIT_ROWS * dim * sizeof(float));
-    head->hash = nf_hash(head->hash, p.constant, sizeof(float));
+    head->hash = nf_hash(shape->contract, w, rows * dim * sizeof(float));
+    head->hash = nf_hash(head->hash, fit, NF_FIT_ROWS * dim * sizeof(float));
+    head->hash = nf_hash(head->hash, constant, sizeof(float));
 }
 
-static size_t nf_sample_extent(int64_t tokens, int64_t stride, int64_t dim)
-{
-    return (size_t)((tokens - 1) * (stride ? stride : dim) + dim) * sizeof(float);
-}
-
-static nf_status nf_projection_init(const nf_projection_shape *shape, void *projection, size_t bytes, uint64_t seed,
+static nf_status nf_projection_init(const nf_projection_shape *shape, void *projection, uint64_t seed,
                                     const nf_calibration *calibration)
 {
     const nf_calibration *c = calibration;
-    const nf_status status = c ? nf_check_calibration(shape, c) : NF_OK;
+    const nf_status status = c ? nf_check_calibration(shape, projection, c) : NF_OK;
     if (!projection)
         return NF_E_NULL;
     if (!nf_aligned(projection, NF_ALIGN))
         return NF_E_ALIGN;
-    if (status == NF_OK && c && c->q &&
-        (nf_overlap(projection, bytes, c->q, nf_sample_extent(c->q_tokens, c->q_stride, shape->dim)) ||
-         nf_overlap(projection, bytes, c->k, nf_sample_extent(c->k_tokens, c->k_stride, shape->dim))))
-        return NF_E_OVERLAP;
     if (status == NF_OK) {
-        nf_sample(shape, seed, c ? c->flags : 0, nf_arrays(shape, projection).w);
-        nf_projection_finish(shape, projection, calibration);
+        nf_sample(shape, seed, c ? c->flags : 0, nf_matrix(projection));
+        nf_projection_finish(shape, projection, c);
     }
     return status;
 }
 
 /* What from and read share: the pointers. */
-static nf_status nf_check_matrix(const nf_projection_shape *shape, const void *projection, size_t bytes, const float *w)
+static nf_status nf_check_matrix(const nf_projection_shape *shape, const void *projection, const float *w)
 {
     if (!projection || !w)
         return NF_E_NULL;
     if (!nf_aligned(projection, NF_ALIGN) || !nf_aligned(w, sizeof(float)))
         return NF_E_ALIGN;
-    return nf_overlap(projection, bytes, w, (size_t)(shape->rows * shape->dim) * sizeof(float)) ? NF_E_OVERLAP : NF_OK;
+    return nf_overlap(projection, shape->bytes, w, (size_t)(shape->rows * shape->dim) * sizeof(float)) ? NF_E_OVERLAP
+                                                                                                       : NF_OK;
 }
 
-static nf_status nf_projection_from(const nf_projection_shape *shape, void *projection, size_t bytes, const float *w,
-                                    uint32_t flags)
+static nf_status nf_projection_from(const nf_projection_shape *shape, void *projection, const float *w, uint32_t flags)
 {
-    const nf_status status = nf_check_matrix(shape, projection, bytes, w);
+    const nf_status status = nf_check_matrix(shape, projection, w);
     const int count = shape->rows * shape->dim;
     if (status != NF_OK)
         return status;
@@ -377,15 +361,15 @@ static nf_status nf_projection_from(const nf_projection_shape *shape, void *proj
             return NF_E_VALUE;
     }
     for (int i = 0; i < count; i++)
-        nf_arrays(shape, projection).w[i] = flags & NF_KEEP_F32 ? w[i] : nf_to_bf16(w[i]);
+        nf_matrix(projection)[i] = flags & NF_KEEP_F32 ? w[i] : nf_to_bf16(w[i]);
     nf_projection_finish(shape, projection, NULL);
     return NF_OK;
 }
 
-static nf_status nf_projection_read(const nf_projection_shape *shape, const void *projection, size_t bytes, float *w)
+static nf_status nf_projection_read(const nf_projection_shape *shape, const void *projection, float *w)
 {
     const nf_projection_head *head = (const nf_projection_head *)projection;
-    const nf_status status = nf_check_matrix(shape, projection, bytes, w);
+    const nf_status status = nf_check_matrix(shape, projection, w);
     if (status != NF_OK)
         return status;
     if (head->magic != NF_MAGIC_PROJECTION || head->contract != shape->contract)
@@ -425,21 +409,5 @@ NF_BOTH float nf_exponent(float x, float limit)
 #define NF_KEY_STEP 60.0f
 #define NF_SUM_LIMIT 65536.0f
 #define NF_REFERENCE_LAG 8.0f
-
-/* Bring z and S (laid out as nf_state_copy says) from the references r to those in `to`. Whole numbers: the factors are
- * powers of two, exact. */
-NF_UNUSED static void nf_rescale(float *r, float *z, float *s, int m, int width, int panel, const float *to)
-{
-    for (int i = 0; i < m; i++) {
-        const float factor = nf_power_of_two(r[i] - to[i]);
-        if (to[i] > r[i]) {
-            z[i] *= factor;
-            for (int v0 = 0; v0 < width; v0 += panel)
-                for (int d = 0; d < panel; d++)
-                    s[v0 * m + i * panel + d] *= factor;
-        }
-        r[i] = to[i];
-    }
-}
 
 #endif /* NF_PROJECTION_READY */

@@ -1,5 +1,4 @@
-/* ---- the permission to use Intel AMX
- * ---------------------------------------------------------------------------------
+/* ---- the permission to use Intel AMX ----
  *
  * Linux gives a process its matrix tiles on demand. Nothing here asks by itself: call nf_amx_request() once, before the
  * threads that are to use them; until then, and where there are none, kernels run their other variants.

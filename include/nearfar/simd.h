@@ -1,4 +1,4 @@
-/* ---- vectors: one small vocabulary per instruction set -------------------------------------------------------------
+/* ---- vectors: one small vocabulary per instruction set ----
  *
  * nf_<set>_t is a vector of NF_<SET>_LANES floats; + - * / work on it. fma, max and the conversion inside exp2 are
  * intrinsics: no compiler flag (-ffast-math, -ffp-contract) can change what they mean. NaN passes through max(a, b)
@@ -15,28 +15,41 @@
 #define NF_UNROLL_BY_4 _Pragma("GCC unroll 4")
 #endif
 
-/* The operations that compilers do on vectors of their own accord. */
+/* What compilers do on vectors of their own accord. */
 #define NF_NOTHING
-#define NF_ARITHMETIC(attributes, type, add, sub, mul) \
-    NF_INLINE attributes type add(type a, type b) \
+#define NF_VECTOR(attributes, set) \
+    typedef float set##_unaligned __attribute__((vector_size(sizeof(set##_t)), aligned(4), may_alias)); \
+    NF_INLINE attributes set##_t set##_load(const float *p) \
+    { \
+        return *(const set##_unaligned *)(const void *)p; \
+    } \
+    NF_INLINE attributes void set##_store(float *p, set##_t x) \
+    { \
+        *(set##_unaligned *)(void *)p = x; \
+    } \
+    NF_INLINE attributes set##_t set##_add(set##_t a, set##_t b) \
     { \
         return a + b; \
     } \
-    NF_INLINE attributes type sub(type a, type b) \
+    NF_INLINE attributes set##_t set##_sub(set##_t a, set##_t b) \
     { \
         return a - b; \
     } \
-    NF_INLINE attributes type mul(type a, type b) \
+    NF_INLINE attributes set##_t set##_mul(set##_t a, set##_t b) \
     { \
         return a * b; \
     }
 
-/* 2^f on [-1/2, 1/2] by a polynomial with c0 = 1: relative error 1.7e-7, exact at 0. */
-#define NF_EXP2_C1 6.9314697760e-1f
-#define NF_EXP2_C2 2.4022242080e-1f
-#define NF_EXP2_C3 5.5507337440e-2f
-#define NF_EXP2_C4 9.6715127100e-3f
-#define NF_EXP2_C5 1.3264727260e-3f
+/* 2^f on [-1/2, 1/2] by a polynomial: relative error 1.7e-7, exact at 0. */
+#define NF_POWER(attributes, set) \
+    NF_INLINE attributes set##_t set##_power(set##_t f) \
+    { \
+        set##_t p = set##_fma(f, set##_set(1.3264727260e-3f), set##_set(9.6715127100e-3f)); \
+        p = set##_fma(p, f, set##_set(5.5507337440e-2f)); \
+        p = set##_fma(p, f, set##_set(2.4022242080e-1f)); \
+        p = set##_fma(p, f, set##_set(6.9314697760e-1f)); \
+        return set##_fma(p, f, set##_set(1.0f)); \
+    }
 
 /* What is below 2^-126 counts as 2^-126: no denormals, and beside a sum of at least 1 it does not count. */
 #define NF_EXP2_LOWEST (-126.0f)
@@ -52,16 +65,7 @@
 #define NF_ALL16 ((__mmask16)0xffff)
 #define NF_ALL8 ((__mmask8)0xff)
 typedef __m512 nf_v16_t;
-
-NF_INLINE NF_V16 nf_v16_t nf_v16_load(const float *p)
-{
-    return _mm512_loadu_ps(p);
-}
-
-NF_INLINE NF_V16 void nf_v16_store(float *p, nf_v16_t x)
-{
-    _mm512_storeu_ps(p, x);
-}
+NF_VECTOR(NF_V16, nf_v16)
 
 /* Load or store n lanes, n a constant of any size: a whole vector, or what is left of a row. */
 NF_INLINE NF_V16 nf_v16_t nf_v16_get(const float *p, int n)
@@ -81,8 +85,6 @@ NF_INLINE NF_V16 nf_v16_t nf_v16_set(float x)
 {
     return _mm512_set1_ps(x);
 }
-
-NF_ARITHMETIC(NF_V16, nf_v16_t, nf_v16_add, nf_v16_sub, nf_v16_mul)
 
 NF_INLINE NF_V16 nf_v16_t nf_v16_fma(nf_v16_t a, nf_v16_t b, nf_v16_t c)
 {
@@ -112,10 +114,10 @@ NF_INLINE NF_V16 float nf_v16_sum(nf_v16_t x)
 /* The sum of the lanes in double precision. */
 NF_INLINE NF_V16 double nf_v16_total(nf_v16_t x)
 {
-    const __m256 low = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 0));
+    const __m256 low = _mm512_castps512_ps256(x);
     const __m256 high = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 1));
-    __m256d s = _mm256_cvtps_pd(_mm256_castps256_ps128(low)) + _mm256_cvtps_pd(_mm256_extractf128_ps(low, 1));
-    s = s + _mm256_cvtps_pd(_mm256_castps256_ps128(high)) + _mm256_cvtps_pd(_mm256_extractf128_ps(high, 1));
+    const __m512d all = _mm512_maskz_cvtps_pd(NF_ALL8, low) + _mm512_maskz_cvtps_pd(NF_ALL8, high);
+    const __m256d s = _mm512_castpd512_pd256(all) + _mm512_maskz_extractf64x4_pd(NF_ALL8, all, 1);
     return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
@@ -136,37 +138,25 @@ NF_INLINE NF_V16 nf_v16_t nf_v16_exp2(nf_v16_t x)
 /* A block of tokens: dst[d][t] = src[t][d] for t, d below 16, of which the first `dims` d are read and written. */
 NF_INLINE NF_V16 void nf_v16_transpose(float *dst, int dst_stride, const float *src, int src_stride, int dims)
 {
-    nf_v16_t a[16], b[16];
-    NF_UNROLL
-    for (int i = 0; i < 16; i++)
-        a[i] = nf_v16_get(src + i * src_stride, dims);
-    NF_UNROLL
-    for (int i = 0; i < 16; i += 4) { /* 4 x 4 within every 128 bits */
-        const __m512d x = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(NF_ALL16, a[i], a[i + 1]));
-        const __m512d y = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(NF_ALL16, a[i], a[i + 1]));
-        const __m512d z = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(NF_ALL16, a[i + 2], a[i + 3]));
-        const __m512d w = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(NF_ALL16, a[i + 2], a[i + 3]));
-        b[i] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd(NF_ALL8, x, z));
-        b[i + 1] = _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(NF_ALL8, x, z));
-        b[i + 2] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd(NF_ALL8, y, w));
-        b[i + 3] = _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(NF_ALL8, y, w));
+    for (int d = 0; d < 16 && d < dims; d += 4) {
+        nf_v16_t a[4];
+        NF_UNROLL
+        for (int i = 0; i < 4; i++) { /* 4 dims of tokens i, i + 4, i + 8, i + 12 */
+            const float *at = src + i * src_stride + d;
+            a[i] = _mm512_castps128_ps512(_mm_loadu_ps(at));
+            a[i] = _mm512_maskz_insertf32x4(NF_ALL16, a[i], _mm_loadu_ps(at + 4 * src_stride), 1);
+            a[i] = _mm512_maskz_insertf32x4(NF_ALL16, a[i], _mm_loadu_ps(at + 8 * src_stride), 2);
+            a[i] = _mm512_maskz_insertf32x4(NF_ALL16, a[i], _mm_loadu_ps(at + 12 * src_stride), 3);
+        }
+        const __m512d x = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(NF_ALL16, a[0], a[1]));
+        const __m512d y = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(NF_ALL16, a[0], a[1]));
+        const __m512d z = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(NF_ALL16, a[2], a[3]));
+        const __m512d w = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(NF_ALL16, a[2], a[3]));
+        nf_v16_store(dst + d * dst_stride, _mm512_castpd_ps(_mm512_maskz_unpacklo_pd(NF_ALL8, x, z)));
+        nf_v16_store(dst + (d + 1) * dst_stride, _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(NF_ALL8, x, z)));
+        nf_v16_store(dst + (d + 2) * dst_stride, _mm512_castpd_ps(_mm512_maskz_unpacklo_pd(NF_ALL8, y, w)));
+        nf_v16_store(dst + (d + 3) * dst_stride, _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(NF_ALL8, y, w)));
     }
-    NF_UNROLL
-    for (int i = 0; i < 4;
-         i++) { /* then the 128-bit quarters: b[i], b[i + 4], b[i + 8], b[i + 12] hold d = i, i + 4, ... */
-        const nf_v16_t x = _mm512_maskz_shuffle_f32x4(NF_ALL16, b[i], b[i + 4], 0x44);
-        const nf_v16_t y = _mm512_maskz_shuffle_f32x4(NF_ALL16, b[i], b[i + 4], 0xee);
-        const nf_v16_t z = _mm512_maskz_shuffle_f32x4(NF_ALL16, b[i + 8], b[i + 12], 0x44);
-        const nf_v16_t w = _mm512_maskz_shuffle_f32x4(NF_ALL16, b[i + 8], b[i + 12], 0xee);
-        a[i] = _mm512_maskz_shuffle_f32x4(NF_ALL16, x, z, 0x88);
-        a[i + 4] = _mm512_maskz_shuffle_f32x4(NF_ALL16, x, z, 0xdd);
-        a[i + 8] = _mm512_maskz_shuffle_f32x4(NF_ALL16, y, w, 0x88);
-        a[i + 12] = _mm512_maskz_shuffle_f32x4(NF_ALL16, y, w, 0xdd);
-    }
-    NF_UNROLL
-    for (int i = 0; i < 16; i++)
-        if (i < dims)
-            nf_v16_store(dst + i * dst_stride, a[i]);
 }
 
 /* x from lane n on, below it `other`; n from 0 to the number of lanes. */
@@ -190,16 +180,7 @@ NF_INLINE NF_V16 nf_v16_t nf_v16_floor(nf_v16_t x)
 #define NF_V8 __attribute__((target("avx2,fma,f16c")))
 #define NF_V8_LANES 8
 typedef __m256 nf_v8_t;
-
-NF_INLINE NF_V8 nf_v8_t nf_v8_load(const float *p)
-{
-    return _mm256_loadu_ps(p);
-}
-
-NF_INLINE NF_V8 void nf_v8_store(float *p, nf_v8_t x)
-{
-    _mm256_storeu_ps(p, x);
-}
+NF_VECTOR(NF_V8, nf_v8)
 
 NF_INLINE NF_V8 __m256i nf_v8_below(int n)
 {
@@ -224,12 +205,12 @@ NF_INLINE NF_V8 nf_v8_t nf_v8_set(float x)
     return _mm256_set1_ps(x);
 }
 
-NF_ARITHMETIC(NF_V8, nf_v8_t, nf_v8_add, nf_v8_sub, nf_v8_mul)
-
 NF_INLINE NF_V8 nf_v8_t nf_v8_fma(nf_v8_t a, nf_v8_t b, nf_v8_t c)
 {
     return _mm256_fmadd_ps(a, b, c);
 }
+
+NF_POWER(NF_V8, nf_v8)
 
 NF_INLINE NF_V8 nf_v8_t nf_v8_max(nf_v8_t a, nf_v8_t b)
 {
@@ -259,37 +240,28 @@ NF_INLINE NF_V8 nf_v8_t nf_v8_exp2(nf_v8_t x)
     const nf_v8_t y = _mm256_max_ps(_mm256_set1_ps(NF_EXP2_LOWEST), _mm256_min_ps(_mm256_set1_ps(NF_EXP2_HIGHEST), x));
     const __m256i n = _mm256_cvtps_epi32(y);
     const nf_v8_t f = y - _mm256_cvtepi32_ps(n);
-    nf_v8_t p = _mm256_set1_ps(NF_EXP2_C5);
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(NF_EXP2_C4));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(NF_EXP2_C3));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(NF_EXP2_C2));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(NF_EXP2_C1));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1.0f));
+    const nf_v8_t p = nf_v8_power(f);
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(n, 23)));
 }
 
 NF_INLINE NF_V8 void nf_v8_transpose(float *dst, int dst_stride, const float *src, int src_stride, int dims)
 {
-    nf_v8_t a[8], b[8];
     (void)dims; /* always 8: head dims are multiples of 8 */
-    NF_UNROLL
-    for (int i = 0; i < 8; i++)
-        a[i] = nf_v8_load(src + i * src_stride);
-    NF_UNROLL
-    for (int i = 0; i < 8; i += 4) { /* 4 x 4 within every 128 bits */
-        const __m256d x = _mm256_castps_pd(_mm256_unpacklo_ps(a[i], a[i + 1]));
-        const __m256d y = _mm256_castps_pd(_mm256_unpackhi_ps(a[i], a[i + 1]));
-        const __m256d z = _mm256_castps_pd(_mm256_unpacklo_ps(a[i + 2], a[i + 3]));
-        const __m256d w = _mm256_castps_pd(_mm256_unpackhi_ps(a[i + 2], a[i + 3]));
-        b[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(x, z));
-        b[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(x, z));
-        b[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(y, w));
-        b[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(y, w));
-    }
-    NF_UNROLL
-    for (int i = 0; i < 4; i++) {
-        nf_v8_store(dst + i * dst_stride, _mm256_permute2f128_ps(b[i], b[i + 4], 0x20));
-        nf_v8_store(dst + (i + 4) * dst_stride, _mm256_permute2f128_ps(b[i], b[i + 4], 0x31));
+    for (int d = 0; d < 8; d += 4) {
+        nf_v8_t a[4];
+        NF_UNROLL
+        for (int i = 0; i < 4; i++) { /* 4 dims of tokens i, i + 4 */
+            const float *at = src + i * src_stride + d;
+            a[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(at)), _mm_loadu_ps(at + 4 * src_stride), 1);
+        }
+        const __m256d x = _mm256_castps_pd(_mm256_unpacklo_ps(a[0], a[1]));
+        const __m256d y = _mm256_castps_pd(_mm256_unpackhi_ps(a[0], a[1]));
+        const __m256d z = _mm256_castps_pd(_mm256_unpacklo_ps(a[2], a[3]));
+        const __m256d w = _mm256_castps_pd(_mm256_unpackhi_ps(a[2], a[3]));
+        nf_v8_store(dst + d * dst_stride, _mm256_castpd_ps(_mm256_unpacklo_pd(x, z)));
+        nf_v8_store(dst + (d + 1) * dst_stride, _mm256_castpd_ps(_mm256_unpackhi_pd(x, z)));
+        nf_v8_store(dst + (d + 2) * dst_stride, _mm256_castpd_ps(_mm256_unpacklo_pd(y, w)));
+        nf_v8_store(dst + (d + 3) * dst_stride, _mm256_castpd_ps(_mm256_unpackhi_pd(y, w)));
     }
 }
 
@@ -321,25 +293,13 @@ typedef float nf_v4_t __attribute__((vector_size(16)));
 typedef int32_t nf_v4_int __attribute__((vector_size(16)));
 typedef uint32_t nf_v4_bits __attribute__((vector_size(16)));
 #endif
-typedef float nf_v4_unaligned __attribute__((vector_size(16), aligned(4), may_alias));
-
-NF_INLINE nf_v4_t nf_v4_load(const float *p)
-{
-    return *(const nf_v4_unaligned *)(const void *)p;
-}
-
-NF_INLINE void nf_v4_store(float *p, nf_v4_t x)
-{
-    *(nf_v4_unaligned *)(void *)p = x;
-}
+NF_VECTOR(NF_NOTHING, nf_v4)
 
 NF_INLINE nf_v4_t nf_v4_set(float x)
 {
     const nf_v4_t y = {x, x, x, x};
     return y;
 }
-
-NF_ARITHMETIC(NF_NOTHING, nf_v4_t, nf_v4_add, nf_v4_sub, nf_v4_mul)
 
 NF_INLINE float nf_v4_sum(nf_v4_t x)
 {
@@ -372,6 +332,8 @@ NF_INLINE nf_v4_t nf_v4_fma(nf_v4_t a, nf_v4_t b, nf_v4_t c)
     return vfmaq_f32(c, a, b);
 }
 
+NF_POWER(NF_NOTHING, nf_v4)
+
 NF_INLINE nf_v4_t nf_v4_max(nf_v4_t a, nf_v4_t b)
 {
     return vmaxq_f32(a, b);
@@ -387,12 +349,7 @@ NF_INLINE nf_v4_t nf_v4_exp2(nf_v4_t x)
     const nf_v4_t y = vmaxq_f32(vdupq_n_f32(NF_EXP2_LOWEST), vminq_f32(vdupq_n_f32(NF_EXP2_HIGHEST), x));
     const int32x4_t n = vcvtnq_s32_f32(y);
     const nf_v4_t f = vsubq_f32(y, vcvtq_f32_s32(n));
-    nf_v4_t p = vdupq_n_f32(NF_EXP2_C5);
-    p = vfmaq_f32(vdupq_n_f32(NF_EXP2_C4), p, f);
-    p = vfmaq_f32(vdupq_n_f32(NF_EXP2_C3), p, f);
-    p = vfmaq_f32(vdupq_n_f32(NF_EXP2_C2), p, f);
-    p = vfmaq_f32(vdupq_n_f32(NF_EXP2_C1), p, f);
-    p = vfmaq_f32(vdupq_n_f32(1.0f), p, f);
+    const nf_v4_t p = nf_v4_power(f);
     return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), vshlq_n_s32(n, 23)));
 }
 
@@ -449,6 +406,8 @@ NF_INLINE nf_v4_t nf_v4_fma(nf_v4_t a, nf_v4_t b, nf_v4_t c)
     return nf_v4_add(nf_v4_mul(a, b), c);
 }
 
+NF_POWER(NF_NOTHING, nf_v4)
+
 /* Beyond 2^23 every float is whole. */
 NF_INLINE nf_v4_t nf_v4_floor(nf_v4_t x)
 {
@@ -468,12 +427,7 @@ NF_INLINE nf_v4_t nf_v4_exp2(nf_v4_t x)
     const nf_v4_t y = nf_v4_max(nf_v4_set(NF_EXP2_LOWEST), nf_v4_min(nf_v4_set(NF_EXP2_HIGHEST), x));
     const nf_v4_int biased = nf_v4_to_int(nf_v4_add(y, nf_v4_set(127.5f)));
     const nf_v4_t f = nf_v4_sub(y, nf_v4_sub(nf_v4_to_float(biased), nf_v4_set(127.0f)));
-    nf_v4_t p = nf_v4_fma(f, nf_v4_set(NF_EXP2_C5), nf_v4_set(NF_EXP2_C4));
-    p = nf_v4_fma(p, f, nf_v4_set(NF_EXP2_C3));
-    p = nf_v4_fma(p, f, nf_v4_set(NF_EXP2_C2));
-    p = nf_v4_fma(p, f, nf_v4_set(NF_EXP2_C1));
-    p = nf_v4_fma(p, f, nf_v4_set(1.0f));
-    return nf_v4_mul(p, nf_v4_exponents(biased));
+    return nf_v4_mul(nf_v4_power(f), nf_v4_exponents(biased));
 }
 
 NF_INLINE void nf_v4_transpose(float *dst, int dst_stride, const float *src, int src_stride, int dims)
@@ -505,40 +459,32 @@ NF_INLINE void nf_v4_put(float *p, nf_v4_t x, int n)
 
 /* What this processor has. A target that was not compiled in is not there; its functions are null. */
 #if defined(NF_X86)
-#define NF_IF_X86(function) function
-NF_UNUSED static int nf_supports_avx512(void)
-{
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
-}
-
-NF_UNUSED static int nf_supports_avx2(void)
-{
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
+#define NF_IF_avx512(what) what
+#define NF_IF_avx2(what) what
 #else
-#define NF_IF_X86(function) 0
-NF_UNUSED static int nf_supports_avx512(void)
-{
-    return 0;
-}
-
-NF_UNUSED static int nf_supports_avx2(void)
-{
-    return 0;
-}
+#define NF_IF_avx512(what) 0
+#define NF_IF_avx2(what) 0
 #endif
-#define NF_IF_AVX512 NF_IF_X86
-#define NF_IF_AVX2 NF_IF_X86
-
 #if defined(NF_NEON)
-#define NF_IF_NEON(function) function
+#define NF_IF_neon(what) what
 #else
-#define NF_IF_NEON(function) 0
+#define NF_IF_neon(what) 0
 #endif
+#define NF_IF_c(what) what
+
+NF_UNUSED static int nf_supports_avx512(void)
+{
+    return NF_IF_avx512(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"));
+}
+
+NF_UNUSED static int nf_supports_avx2(void)
+{
+    return NF_IF_avx2(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
+}
 
 NF_UNUSED static int nf_supports_neon(void)
 {
-    return NF_IF_NEON(1) != 0;
+    return NF_IF_neon(1);
 }
 
 NF_UNUSED static int nf_supports_c(void)

@@ -5,6 +5,8 @@
 
 #include "nearfar/core.h"
 
+#include "nearfar/pattern.h"
+
 #include "nearfar/args.h"
 
 #include "nearfar/gpu.h"
