@@ -35,6 +35,12 @@ class Target:
 
 
 MATRIX_KERNELS = (("bf16", "f16"), ("favor", "exact", "sparse"), True, True)  # what its matrix units have
+NVIDIA_KERNELS = (
+    ("bf16", "f16"),
+    ("favor", "exact", "sparse", "hybrid"),
+    True,
+    True,
+)  # clang 19 leaves loops of hybrid
 SOFTMAX_KERNELS = (("bf16", "f16"), ("exact", "sparse"), True, True)
 GPU_KERNELS = (DTYPES, ("favor", "linear", "exact", "sparse", "hybrid"), True, True)  # what a GPU has kernels for
 # Best first: the order of a header's variants and of the choice at run time.
@@ -55,7 +61,7 @@ TARGETS = {
         Target("c", 4, 16, "any processor"),
     ),
     "cuda": (
-        Target("sm80", 32, 0, "NVIDIA GPUs from compute capability 8.0 on", *MATRIX_KERNELS),
+        Target("sm80", 32, 0, "NVIDIA GPUs from compute capability 8.0 on", *NVIDIA_KERNELS),
         Target("simt", 1, 0, "any NVIDIA GPU from compute capability 7.5 on", *GPU_KERNELS),
     ),
     "hip": (
@@ -149,9 +155,10 @@ SPACE = {
         ("sparse", "cpu"): EXACT,
         ("hybrid", "cpu"): HYBRID,
     },
-    ("favor", "cuda"): {"sm80": MATRIX} | GPU,
+    **{(operator, "cuda"): {"sm80": MATRIX} | GPU for operator in ("favor", "hybrid")},
     ("favor", "hip"): {"gfx90a": MATRIX, "gfx942": MATRIX} | GPU,
-    **{(operator, backend): GPU for operator in ("linear", "hybrid") for backend in ("cuda", "hip")},
+    **{(operator, "hip"): GPU for operator in ("linear", "hybrid")},
+    ("linear", "cuda"): GPU,
     **{
         (operator, backend): {t.name: GPU_EXACT[t.name] for t in TARGETS[backend]}
         for operator in ("exact", "sparse")
@@ -236,10 +243,16 @@ def misfit_matrix(contract: Contract, variant: Variant, target: Target) -> str |
         return "it must end in _s<tokens>, the segments of operators with a state"
     if not n:
         return f"neither {c // 16} warps nor 8 can share the {rows} rows of w and hold {m} x {d} sums in registers"
+    if contract.b and (
+        n > 1
+        or m * d * 16 // c + max(rows * 16, halves * m * 8) + d * 24 > MATRIX_FLOATS[variant.target] * target.lanes
+    ):
+        return f"{m} x {d} sums and what a query needs of both fields do not fit the registers of {c // 16} warps"
     if variant.x > m // c // n:
         return f"x must be at most the {m // c // n} tiles of features of a warp"
     shared = 2 * (d + 8) * (rows + halves * (c + m)) + 2 * halves * m * (c + 9) + 4 * m + 12 * c + 420
     shared += 4 * c * max(d + 8, halves * (c + 8)) + 2 * halves * c * (m + 8) + 4 * n * c if n > 1 else 4 * c * (d + 8)
+    shared += softmax_shared(d, c, max(c // 2, 16)) if contract.b else 0
     most = 65536 if target.name.startswith("gfx") else 232448
     return None if shared <= most else f"it takes {shared} bytes of shared memory, at most {most} are there"
 
@@ -252,8 +265,13 @@ def misfit_softmax(contract: Contract, variant: Variant) -> str | None:
         return f"d = {d} must be a multiple of 16 up to {most}"
     if variant.r != 1 or variant.s or c > 2 * n:
         return f"it must be r1, without segments, and c at most {2 * n}, two tiles of keys"
-    shared = 8 * n * (d + 8) + 36 * n + 12 * c + 700
+    shared = softmax_shared(d, c, n)
     return None if shared <= 65536 else f"it takes {shared} bytes of shared memory, at most 65536 are everywhere"
+
+
+def softmax_shared(d: int, rows: int, keys: int) -> int:
+    """Bytes of shared memory that softmax takes on matrix units: two tiles of keys and values, and what is small."""
+    return 8 * keys * (d + 8) + 36 * keys + 12 * rows + 900
 
 
 def targets(backend: str) -> dict[str, Target]:

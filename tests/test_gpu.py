@@ -35,6 +35,7 @@ CONTRACTS = (
     "exact_f16_d128",
     "sparse_bf16_d64_b64",
     "hybrid_cosh_f32_d64_m128_b64",
+    "hybrid_cosh_bf16_d64_m128_b64",
 )
 MATRIX = "favor_cosh_bf16_d64_m128"
 EVERYWHERE = (  # compiled for every NVIDIA GPU: each kind of kernel once
