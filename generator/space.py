@@ -34,14 +34,11 @@ class Target:
         return known and features and not (self.square and contract.v)
 
 
-MATRIX_KERNELS = (("bf16", "f16"), ("favor", "exact", "sparse"), True, True)  # what its matrix units have
-NVIDIA_KERNELS = (
-    ("bf16", "f16"),
-    ("favor", "exact", "sparse", "hybrid"),
-    True,
-    True,
-)  # clang 19 leaves loops of hybrid
-SOFTMAX_KERNELS = (("bf16", "f16"), ("exact", "sparse"), True, True)
+HALVES = ("bf16", "f16")
+# What matrix units have; the loops of hybrid are more than clang 19 unrolls.
+NVIDIA_KERNELS = (HALVES, ("favor", "exact", "sparse", "hybrid"), True, True)
+AMD_KERNELS = (HALVES, ("favor", "exact", "sparse"), True, True)
+SOFTMAX_KERNELS = (HALVES, ("exact", "sparse"), True, True)
 GPU_KERNELS = (DTYPES, ("favor", "linear", "exact", "sparse", "hybrid"), True, True)  # what a GPU has kernels for
 # Best first: the order of a header's variants and of the choice at run time.
 TARGETS = {
@@ -65,8 +62,8 @@ TARGETS = {
         Target("simt", 1, 0, "any NVIDIA GPU from compute capability 7.5 on", *GPU_KERNELS),
     ),
     "hip": (
-        Target("gfx90a", 64, 0, "AMD Instinct MI200", *MATRIX_KERNELS),
-        Target("gfx942", 64, 0, "AMD Instinct MI300", *MATRIX_KERNELS),
+        Target("gfx90a", 64, 0, "AMD Instinct MI200", *AMD_KERNELS),
+        Target("gfx942", 64, 0, "AMD Instinct MI300", *AMD_KERNELS),
         Target("gfx11", 32, 0, "AMD RDNA3", *SOFTMAX_KERNELS),
         Target("gfx12", 32, 0, "AMD RDNA4", *SOFTMAX_KERNELS),
         Target("simt", 1, 0, "any AMD GPU that HIP knows", *GPU_KERNELS),

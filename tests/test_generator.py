@@ -209,7 +209,11 @@ def test_variants_of_a_gpu() -> None:
         (FAVOR.name, "simt_c64_r4x1_s64", "bytes of shared memory, at most 65536"),
         ("favor_cosh_f32_d64_m512", "simt_c8_r2x1_s64", "128 threads with 256 floats of the state each"),
         (FAVOR.name, "avx2_c48_r6x2", "field 'target' = 'avx2': must be sm80 or simt"),
-        (FAVOR.name, "sm80_c64_r1x1_s64", "sm80 runs favor or exact or sparse in bf16 or f16, not favor_cosh_f32"),
+        (
+            FAVOR.name,
+            "sm80_c64_r1x1_s64",
+            "sm80 runs favor or exact or sparse or hybrid in bf16 or f16, not favor_cosh_f32",
+        ),
         ("favor_cosh_bf16_d64_m128", "sm80_c80_r1x1_s64", "c = 80 at most 64"),
         ("favor_cosh_bf16_d64_m128", "sm80_c64_r2x1_s64", "r at most x"),
         ("favor_cosh_bf16_d64_m128", "sm80_c64_r1x1", "it must end in _s<tokens>"),
