@@ -10,7 +10,9 @@
 #define KERNEL_H
 
 #include "kernels.h"
+
 #include "oracle.h"
+#include "pattern.h" /* where no header of kernels.h has it */
 
 #include <stdarg.h>
 #include <stdio.h>

@@ -5,8 +5,6 @@
 
 #include "nearfar/core.h"
 
-#include "nearfar/pattern.h"
-
 size_t nf_faulty_cpu_workspace(const nf_args *args);
 nf_status nf_faulty_cpu_forward(const nf_args *args, void *workspace, size_t bytes);
 nf_status nf_faulty_cpu_decode(const nf_args *args, void *workspace, size_t bytes);

@@ -4,7 +4,6 @@
 #define NEARFAR_STATIC
 #include "nf_exact_f32_d8_cpu.h"
 #include "nf_favor_exp_f32_d8_m8_cpu.h"
-#include "nf_favor_trig_f32_d8_m8_cpu.h"
 #include "nf_hybrid_cosh_f32_d8_m8_b16_cpu.h"
 #include "nf_linear_elu_f32_d8_cpu.h"
 #include "nf_linear_softmaxqk_f32_d8_cpu.h"
@@ -33,7 +32,6 @@ static const struct kernel {
     {0, ENTRIES(nf_exact_f32_d8_cpu), NULL, NULL},
     {32, ENTRIES(nf_sparse_f32_d8_b32_cpu), NULL, NULL},
     {16, ENTRIES(nf_hybrid_cosh_f32_d8_m8_b16_cpu), PROJECTION(nf_hybrid_cosh_f32_d8_m8_b16_cpu)},
-    {0, ENTRIES(nf_favor_trig_f32_d8_m8_cpu), PROJECTION(nf_favor_trig_f32_d8_m8_cpu)},
     {0, ENTRIES(nf_favor_exp_f32_d8_m8_cpu), PROJECTION(nf_favor_exp_f32_d8_m8_cpu)},
     {0, ENTRIES(nf_linear_elu_f32_d8_cpu), NULL, NULL},
     {0, ENTRIES(nf_linear_softmaxqk_f32_d8_cpu), NULL, NULL},
@@ -203,7 +201,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     memset(&g, 0, sizeof g);
     memset(x, 0, sizeof x);
     b.count = 0;
-    linear = k >= kernels + 5;
+    linear = k >= kernels + 4;
     need = k->workspace(NULL);
     a.batch = number(&r, 1);
     a.heads = number(&r, 2);

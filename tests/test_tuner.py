@@ -19,7 +19,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from generator import UsageError, inputs, projections, quality, report  # noqa: E402
+from generator import UsageError, build, inputs, projections, quality, report  # noqa: E402
+from generator.contract import parse  # noqa: E402
+from generator.render import Recipe  # noqa: E402
+from generator.space import default  # noqa: E402
 
 CC = os.environ.get("CC") or shutil.which("cc") or "gcc"
 INCLUDE = [f"-I{ROOT / folder}" for folder in ("bench", "tests", "include", "include/nearfar")]
@@ -336,6 +339,17 @@ def test_a_pack_tunes_without_python(tmp_path: Path) -> None:
     found = [json.loads(line)["contract"] for line in (folder / "r.jsonl").read_text().splitlines()]
     assert sorted(found) == sorted(contracts)
     assert nearfar("generate", "exact_f32_d16", "--tuned", str(folder / "r.jsonl"), "-o", str(tmp_path)).returncode == 0
+
+
+@pytest.mark.parametrize("contract", ["exact_f32_d8", "favor_exp_f32_d8_m8", "linear_elu_f32_d8", "sparse_f32_d8_b16"])
+@pytest.mark.parametrize("program", ["tune", "bench"])
+def test_every_operator_alone_makes_a_program(program: str, contract: str, tmp_path: Path) -> None:
+    """What a header leaves to others is not missed by the programs around it."""
+    for name, text in build.sources(program, [Recipe(parse(contract), "cpu", tuple(default(parse(contract))))]).items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    command = [CC, "-fsyntax-only", "-Wall", "-Wextra", "-Werror", f"{program}.c"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_quality_runs_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
