@@ -3,11 +3,11 @@
  * One argument struct for every operator and backend; zero means default. Packed sequences stand behind one another in
  * one batch entry, sequence s from cu_tokens[s] to cu_tokens[s + 1].
  */
-#if defined(NF_CORE_ABI) && NF_CORE_ABI != 3
+#if defined(NF_CORE_ABI) && NF_CORE_ABI != 4
 #error "two nearfar headers of different core ABI in one file: generate both with the same nearfar version"
 #endif
 #ifndef NF_CORE_ABI
-#define NF_CORE_ABI 3
+#define NF_CORE_ABI 4
 
 #include <stddef.h>
 #include <stdint.h>
