@@ -625,16 +625,4 @@ NF_BOTH nf_unit nf_unit_at(const nf_contract *c, const nf_plan *p, int64_t unit,
 }
 #undef NF_AT
 
-/* Run every unit of a checked plan. */
-NF_UNUSED static void nf_run(const nf_plan *p, nf_unit_fn run, void *workspace)
-{
-    for (int64_t unit = p->begin; unit < p->end; unit++) {
-        nf_grads grads;
-        const nf_unit u = nf_unit_at(p->contract, p, unit, &grads);
-        run(&u, workspace);
-        if (u.state)
-            u.state->tokens += u.kv_tokens;
-    }
-}
-
 #endif /* NF_ARGS_READY */

@@ -576,7 +576,7 @@ NF_DEVICE int nf_warp(void)
     return nf_thread() / NF_FRAGMENT_LANES;
 }
 
-/* The row of a (column of b) that word i of a lane is of, and the first of its two numbers along k. */
+/* The row of a that word i of a lane's left operand is of, and the first of its two numbers along k. */
 NF_DEVICE int nf_word_row(int i)
 {
 #if NF_FRAGMENTS == NF_SM80
@@ -598,9 +598,18 @@ NF_DEVICE int nf_word_k(int i)
 #endif
 }
 
-/* A fragment from shared memory: row i (of a; column i of b) at tile + i * stride, along k. Rows begin at multiples of
- * 16 bytes. */
-NF_DEVICE nf_fragment nf_rows(const uint16_t *tile, int stride)
+/* A left operand as a right one, row i as column i. mma.sync takes the middle two words the other way round. */
+NF_DEVICE nf_fragment nf_right(nf_fragment f)
+{
+#if NF_FRAGMENTS == NF_SM80
+    const uint32_t word = f.word[1];
+    f.word[1] = f.word[2], f.word[2] = word;
+#endif
+    return f;
+}
+
+/* A left operand from shared memory: row i of a at tile + i * stride, along k. Rows begin at multiples of 16 bytes. */
+NF_DEVICE nf_fragment nf_left_rows(const uint16_t *tile, int stride)
 {
     nf_fragment f;
 #if NF_FRAGMENTS == NF_SM80
@@ -614,12 +623,24 @@ NF_DEVICE nf_fragment nf_rows(const uint16_t *tile, int stride)
     return f;
 }
 
-/* The same from a tile that lies the other way: k runs from row to row. */
-NF_DEVICE nf_fragment nf_columns(const uint16_t *tile, int stride)
+/* The same as a right operand, whose column i the row is. */
+NF_DEVICE nf_fragment nf_right_rows(const uint16_t *tile, int stride)
+{
+#if NF_FRAGMENTS == NF_SM80
+    nf_fragment f;
+    nf_ldmatrix(f.word, tile + (nf_lane() % 8 + nf_lane() / 16 * 8) * stride + nf_lane() / 8 % 2 * 8);
+    return f;
+#else
+    return nf_left_rows(tile, stride);
+#endif
+}
+
+/* A right operand from a tile that lies the other way: k runs from row to row. */
+NF_DEVICE nf_fragment nf_right_columns(const uint16_t *tile, int stride)
 {
     nf_fragment f;
 #if NF_FRAGMENTS == NF_SM80
-    nf_ldmatrix_transposed(f.word, tile + (nf_lane() % 8 + nf_lane() / 16 * 8) * stride + nf_lane() / 8 % 2 * 8);
+    nf_ldmatrix_transposed(f.word, tile + nf_lane() % 16 * stride + nf_lane() / 16 * 8);
 #else
     const uint16_t *column = tile + nf_word_k(0) * stride + nf_word_row(0);
     NF_UNROLLED
@@ -629,7 +650,7 @@ NF_DEVICE nf_fragment nf_columns(const uint16_t *tile, int stride)
     return f;
 }
 
-/* A fragment back to rows in shared memory. */
+/* A left operand back to rows in shared memory. */
 NF_DEVICE void nf_put_rows(uint16_t *tile, int stride, nf_fragment f)
 {
     NF_UNROLLED
@@ -650,9 +671,8 @@ NF_DEVICE nf_fragment nf_constant(uint32_t pair)
 
 #if NF_FRAGMENTS == NF_SM80
 #define NF_PRODUCT(type) \
-    const uint32_t left[2] = {b.word[0], b.word[2]}, right[2] = {b.word[1], b.word[3]}; \
-    nf_mma_##type##_16x8(c->at, a.word, left); \
-    nf_mma_##type##_16x8(c->at + 4, a.word, right)
+    nf_mma_##type##_16x8(c->at, a.word, b.word); \
+    nf_mma_##type##_16x8(c->at + 4, a.word, b.word + 2)
 #else
 #define NF_PRODUCT(type) nf_matrix_##type(c->at, b.word, a.word)
 #endif
@@ -672,8 +692,7 @@ NF_DEVICE void nf_product_f16(nf_sums *c, nf_fragment a, nf_fragment b)
 NF_DEVICE void nf_product_row(nf_sums *c, nf_fragment a, nf_fragment b)
 {
 #if NF_FRAGMENTS == NF_SM80
-    const uint32_t left[2] = {b.word[0], b.word[2]};
-    nf_mma_bf16_16x8(c->at, a.word, left);
+    nf_mma_bf16_16x8(c->at, a.word, b.word);
 #else
     nf_matrix_bf16(c->at, b.word, a.word);
 #endif
