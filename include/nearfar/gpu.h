@@ -139,6 +139,12 @@ NF_DEVICE float nf_fma(float a, float b, float c)
     return fmaf(a, b, c);
 }
 
+/* The larger of two numbers; beside NaN, the other. */
+NF_DEVICE float nf_larger(float a, float b)
+{
+    return fmaxf(a, b);
+}
+
 /* An f16 as a float, and the f16 nearest to a float, ties to even. */
 NF_DEVICE float nf_f16_read(uint16_t half)
 {
@@ -370,6 +376,11 @@ NF_DEVICE float nf_fma(float a, float b, float c)
     return __builtin_fmaf(a, b, c);
 }
 
+NF_DEVICE float nf_larger(float a, float b)
+{
+    return __builtin_fmaxf(a, b);
+}
+
 NF_DEVICE float nf_f16_read(uint16_t half)
 {
     return (float)__builtin_bit_cast(_Float16, half);
@@ -513,6 +524,17 @@ NF_DEVICE void nf_store8(uint16_t *p, const uint16_t *x)
     nf_float4 y;
     __builtin_memcpy(&y, x, sizeof y);
     nf_store4((float *)(void *)p, y);
+}
+
+/* Is one of 8 floats of 16 bits, by its bits without the sign, at least `from`? (NaN is above infinity.) */
+NF_DEVICE int nf_reaches(const uint16_t *x, uint32_t from)
+{
+    uint32_t word[4], found = 0;
+    __builtin_memcpy(word, x, sizeof word);
+    NF_UNROLLED
+    for (int i = 0; i < 4; i++)
+        found |= (word[i] & 0x7fff7fffu) + (0x8000u - from) * 0x10001u;
+    return (found & 0x80008000u) != 0;
 }
 
 /* ---- fragments: tiles of 16 x 16 on the matrix units ----
@@ -688,14 +710,21 @@ NF_DEVICE void nf_product_f16(nf_sums *c, nf_fragment a, nf_fragment b)
     NF_PRODUCT(f16);
 }
 
+#if NF_FRAGMENTS == NF_SM80
+#define NF_PRODUCT_ROW(type) nf_mma_##type##_16x8(c->at, a.word, b.word)
+#else
+#define NF_PRODUCT_ROW(type) NF_PRODUCT(type)
+#endif
+
 /* The same with a b whose columns are all alike: of c only nf_row_sum is of use. */
 NF_DEVICE void nf_product_row(nf_sums *c, nf_fragment a, nf_fragment b)
 {
-#if NF_FRAGMENTS == NF_SM80
-    nf_mma_bf16_16x8(c->at, a.word, b.word);
-#else
-    nf_matrix_bf16(c->at, b.word, a.word);
-#endif
+    NF_PRODUCT_ROW(bf16);
+}
+
+NF_DEVICE void nf_product_row_f16(nf_sums *c, nf_fragment a, nf_fragment b)
+{
+    NF_PRODUCT_ROW(f16);
 }
 
 /* The row and the column of number i of a lane's share of c, and which of the lane's rows that is. */
@@ -741,8 +770,7 @@ NF_DEVICE float nf_row_max(float x)
 {
     NF_UNROLLED
     for (int other = NF_ROW_STEP; other < NF_ROW_END; other *= 2) {
-        const float y = nf_lane_xor(x, other);
-        x = y > x ? y : x;
+        x = nf_larger(x, nf_lane_xor(x, other));
     }
     return x;
 }
