@@ -133,8 +133,9 @@ GPU = {
 # On matrix units 16 tokens of a chunk are a warp's, or several warps' (groups): the largest chunks first.
 MATRIX_FLOATS = {"sm80": 160, "gfx90a": 192, "gfx942": 192}
 MATRIX = {"1x1": (64, 48, 32, 16), "3x4": (32, 16), "1x2": (64, 32)}
-# Linear maps: as many channels as a chunk has tokens, or a few times as many.
+# Linear maps: as many channels as a chunk has tokens, or a few times as many; on AMD what 64 KiB hold.
 LINEAR: dict[str, tuple[int, ...]] = {"1x1": (64, 128, 112, 96, 80, 48, 32, 16)}
+SMALL_LINEAR: dict[str, tuple[int, ...]] = {"1x1": (64, 80, 48, 32, 16)}
 # Softmax: on matrix units a warp has 16 rows of a block; on RDNA tiles of 64 keys would spill.
 SMALL_TILES: dict[str, tuple[int, ...]] = {"1x2": (64, 32)}
 LARGE_TILES: dict[str, tuple[int, ...]] = {"1x4": (64, 128, 32), **SMALL_TILES}
@@ -158,7 +159,7 @@ SPACE = {
     ("favor", "hip"): {"gfx90a": MATRIX, "gfx942": MATRIX} | GPU,
     ("hybrid", "hip"): GPU,
     ("linear", "cuda"): {"sm80": LINEAR} | GPU,
-    ("linear", "hip"): {"gfx90a": LINEAR, "gfx942": LINEAR} | GPU,
+    ("linear", "hip"): {"gfx90a": SMALL_LINEAR, "gfx942": SMALL_LINEAR} | GPU,
     **{
         (operator, backend): {t.name: GPU_EXACT[t.name] for t in TARGETS[backend]}
         for operator in ("exact", "sparse")

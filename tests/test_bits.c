@@ -293,3 +293,38 @@ TEST_EACH(poison)
         }
     }
 }
+
+/* ---- denormal numbers ----------------------------------------------------------------------------------------------
+ */
+
+/* They count as zero within a call, and for the caller they are what they were. (GPUs take them as they are.) */
+TEST_EACH(denormals)
+{
+#if (defined(__x86_64__) || defined(__aarch64__)) && !defined(DEVICE) && !defined(SIMT)
+    const shape s = {.batch = 1, .heads = 4, .kv_heads = 2, .q_tokens = 70 + 2 * k->block, .norm = 3, .seed = 6};
+    EACH_WAY(k, w)
+    {
+        call c = call_make(k, s);
+        volatile float tiny = 1e-40f;
+        result zeros = {{0}, {0}};
+        for (int round = 0; round < 2; round++) {
+            for (int64_t t = 0; t < s.q_tokens; t += 3)
+                for (int which = 0; which < 3; which++) {
+                    float *row = row_at(which == 0   ? c.a.q
+                                        : which == 1 ? c.a.k
+                                                     : c.a.v,
+                                        0, t, which == 0 ? t % 4 : t % 2);
+                    for (int d = (int)t % 5; d < k->dim; d += 2)
+                        row[d] = round ? (d % 4 ? tiny : -tiny) : 0;
+                }
+            CHECK(call_run(&c, w.forward) == NF_OK, "%s", w.name);
+            CHECK(tiny / 2 > 0, "%s leaves denormals flushed", w.name);
+            if (round == 0)
+                zeros = result_of(&c);
+        }
+        CHECK(result_equal(&zeros, &c), "%s: denormal numbers are not 0", w.name);
+        result_free(&zeros);
+        call_free(&c);
+    }
+#endif
+}

@@ -269,8 +269,8 @@ NF_KERNEL(64, 1) probe(const uint16_t *in, float *out)
     nf_barrier();
     for (int i = 0; i < NF_SUMS; i++)
         c.at[i] = 0;
-    nf_product_bf16(&c, nf_rows(s, 24), nf_columns(s, 24));
-    nf_product_f16(&c, nf_rows(s, 24), nf_columns(s, 24));
+    nf_product_bf16(&c, nf_left_rows(s, 24), nf_right_columns(s, 24));
+    nf_product_f16(&c, nf_left_rows(s, 24), nf_right_columns(s, 24));
     for (int i = 0; i < NF_SUMS; i++)
         out[nf_sum_row(i) * 16 + nf_sum_column(i)] = c.at[i];
 }

@@ -132,11 +132,10 @@ NF_INLINE NF_AMX __m256i nf_amx_round(__m512 x)
 /* 2^x as good as bf16 shows it: relative error 9e-5, exact at whole numbers. */
 NF_INLINE NF_AMX __m512 nf_amx_exp2(__m512 x)
 {
-    const __m512 y = _mm512_maskz_max_ps(NF_ALL16, _mm512_set1_ps(NF_EXP2_LOWEST), x);
-    const __m512 f = _mm512_maskz_reduce_ps(NF_ALL16, y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    const __m512 f = _mm512_maskz_reduce_ps(NF_ALL16, x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(7.706437900e-2f), f, _mm512_set1_ps(2.276478990e-1f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.951161349e-1f));
-    return _mm512_maskz_scalef_ps(NF_ALL16, _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f)), y);
+    return _mm512_maskz_scalef_ps(NF_ALL16, _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f)), x);
 }
 
 /* Pairs (a, b) of bf16. */

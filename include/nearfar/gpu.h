@@ -139,6 +139,12 @@ NF_DEVICE float nf_fma(float a, float b, float c)
     return fmaf(a, b, c);
 }
 
+/* The larger of two numbers; beside NaN, the other. */
+NF_DEVICE float nf_larger(float a, float b)
+{
+    return fmaxf(a, b);
+}
+
 /* An f16 as a float, and the f16 nearest to a float, ties to even. */
 NF_DEVICE float nf_f16_read(uint16_t half)
 {
@@ -370,6 +376,11 @@ NF_DEVICE float nf_fma(float a, float b, float c)
     return __builtin_fmaf(a, b, c);
 }
 
+NF_DEVICE float nf_larger(float a, float b)
+{
+    return __builtin_fmaxf(a, b);
+}
+
 NF_DEVICE float nf_f16_read(uint16_t half)
 {
     return (float)__builtin_bit_cast(_Float16, half);
@@ -515,6 +526,17 @@ NF_DEVICE void nf_store8(uint16_t *p, const uint16_t *x)
     nf_store4((float *)(void *)p, y);
 }
 
+/* Is one of 8 floats of 16 bits, by its bits without the sign, at least `from`? (NaN is above infinity.) */
+NF_DEVICE int nf_reaches(const uint16_t *x, uint32_t from)
+{
+    uint32_t word[4], found = 0;
+    __builtin_memcpy(word, x, sizeof word);
+    NF_UNROLLED
+    for (int i = 0; i < 4; i++)
+        found |= (word[i] & 0x7fff7fffu) + (0x8000u - from) * 0x10001u;
+    return (found & 0x80008000u) != 0;
+}
+
 /* ---- fragments: tiles of 16 x 16 on the matrix units ----
  *
  * One product for all: c [16][16] += a [16][16] b [16][16], a and b of 16-bit numbers, spread over the lanes of a warp
@@ -576,7 +598,7 @@ NF_DEVICE int nf_warp(void)
     return nf_thread() / NF_FRAGMENT_LANES;
 }
 
-/* The row of a (column of b) that word i of a lane is of, and the first of its two numbers along k. */
+/* The row of a that word i of a lane's left operand is of, and the first of its two numbers along k. */
 NF_DEVICE int nf_word_row(int i)
 {
 #if NF_FRAGMENTS == NF_SM80
@@ -598,9 +620,18 @@ NF_DEVICE int nf_word_k(int i)
 #endif
 }
 
-/* A fragment from shared memory: row i (of a; column i of b) at tile + i * stride, along k. Rows begin at multiples of
- * 16 bytes. */
-NF_DEVICE nf_fragment nf_rows(const uint16_t *tile, int stride)
+/* A left operand as a right one, row i as column i. mma.sync takes the middle two words the other way round. */
+NF_DEVICE nf_fragment nf_right(nf_fragment f)
+{
+#if NF_FRAGMENTS == NF_SM80
+    const uint32_t word = f.word[1];
+    f.word[1] = f.word[2], f.word[2] = word;
+#endif
+    return f;
+}
+
+/* A left operand from shared memory: row i of a at tile + i * stride, along k. Rows begin at multiples of 16 bytes. */
+NF_DEVICE nf_fragment nf_left_rows(const uint16_t *tile, int stride)
 {
     nf_fragment f;
 #if NF_FRAGMENTS == NF_SM80
@@ -614,8 +645,20 @@ NF_DEVICE nf_fragment nf_rows(const uint16_t *tile, int stride)
     return f;
 }
 
-/* The same from a tile that lies the other way: k runs from row to row. */
-NF_DEVICE nf_fragment nf_columns(const uint16_t *tile, int stride)
+/* The same as a right operand, whose column i the row is. */
+NF_DEVICE nf_fragment nf_right_rows(const uint16_t *tile, int stride)
+{
+#if NF_FRAGMENTS == NF_SM80
+    nf_fragment f;
+    nf_ldmatrix(f.word, tile + (nf_lane() % 8 + nf_lane() / 16 * 8) * stride + nf_lane() / 8 % 2 * 8);
+    return f;
+#else
+    return nf_left_rows(tile, stride);
+#endif
+}
+
+/* Both from a tile that lies the other way: k runs from row to row. */
+NF_DEVICE nf_fragment nf_left_columns(const uint16_t *tile, int stride)
 {
     nf_fragment f;
 #if NF_FRAGMENTS == NF_SM80
@@ -629,7 +672,18 @@ NF_DEVICE nf_fragment nf_columns(const uint16_t *tile, int stride)
     return f;
 }
 
-/* A fragment back to rows in shared memory. */
+NF_DEVICE nf_fragment nf_right_columns(const uint16_t *tile, int stride)
+{
+#if NF_FRAGMENTS == NF_SM80
+    nf_fragment f;
+    nf_ldmatrix_transposed(f.word, tile + nf_lane() % 16 * stride + nf_lane() / 16 * 8);
+    return f;
+#else
+    return nf_left_columns(tile, stride);
+#endif
+}
+
+/* A left operand back to rows in shared memory. */
 NF_DEVICE void nf_put_rows(uint16_t *tile, int stride, nf_fragment f)
 {
     NF_UNROLLED
@@ -650,9 +704,8 @@ NF_DEVICE nf_fragment nf_constant(uint32_t pair)
 
 #if NF_FRAGMENTS == NF_SM80
 #define NF_PRODUCT(type) \
-    const uint32_t left[2] = {b.word[0], b.word[2]}, right[2] = {b.word[1], b.word[3]}; \
-    nf_mma_##type##_16x8(c->at, a.word, left); \
-    nf_mma_##type##_16x8(c->at + 4, a.word, right)
+    nf_mma_##type##_16x8(c->at, a.word, b.word); \
+    nf_mma_##type##_16x8(c->at + 4, a.word, b.word + 2)
 #else
 #define NF_PRODUCT(type) nf_matrix_##type(c->at, b.word, a.word)
 #endif
@@ -668,15 +721,21 @@ NF_DEVICE void nf_product_f16(nf_sums *c, nf_fragment a, nf_fragment b)
     NF_PRODUCT(f16);
 }
 
+#if NF_FRAGMENTS == NF_SM80
+#define NF_PRODUCT_ROW(type) nf_mma_##type##_16x8(c->at, a.word, b.word)
+#else
+#define NF_PRODUCT_ROW(type) NF_PRODUCT(type)
+#endif
+
 /* The same with a b whose columns are all alike: of c only nf_row_sum is of use. */
 NF_DEVICE void nf_product_row(nf_sums *c, nf_fragment a, nf_fragment b)
 {
-#if NF_FRAGMENTS == NF_SM80
-    const uint32_t left[2] = {b.word[0], b.word[2]};
-    nf_mma_bf16_16x8(c->at, a.word, left);
-#else
-    nf_matrix_bf16(c->at, b.word, a.word);
-#endif
+    NF_PRODUCT_ROW(bf16);
+}
+
+NF_DEVICE void nf_product_row_f16(nf_sums *c, nf_fragment a, nf_fragment b)
+{
+    NF_PRODUCT_ROW(f16);
 }
 
 /* The row and the column of number i of a lane's share of c, and which of the lane's rows that is. */
@@ -722,8 +781,7 @@ NF_DEVICE float nf_row_max(float x)
 {
     NF_UNROLLED
     for (int other = NF_ROW_STEP; other < NF_ROW_END; other *= 2) {
-        const float y = nf_lane_xor(x, other);
-        x = y > x ? y : x;
+        x = nf_larger(x, nf_lane_xor(x, other));
     }
     return x;
 }

@@ -14,7 +14,7 @@ typedef struct nf_projection_shape {
     size_t bytes;
 } nf_projection_shape;
 
-/* The calibration of one head, [dim] each. */
+/* The calibration of one head, [dim] each; mean, factor and slope of either side follow each other. */
 enum { NF_Q_MEAN, NF_Q_FACTOR, NF_Q_SLOPE, NF_Q_CURVE, NF_K_MEAN, NF_K_FACTOR, NF_K_SLOPE, NF_FIT_ROWS };
 
 /* 64 random bits from a counter (splitmix64, Steele, Lea and Flood 2014). */
@@ -372,7 +372,7 @@ static nf_status nf_projection_read(const nf_projection_shape *shape, const void
     const nf_status status = nf_check_matrix(shape, projection, w);
     if (status != NF_OK)
         return status;
-    if (head->magic != NF_MAGIC_PROJECTION || head->contract != shape->contract)
+    if (head->magic != NF_MAGIC_PROJECTION || head->abi != NF_CORE_ABI || head->contract != shape->contract)
         return NF_E_PROJECTION;
     memcpy(w, head + 1, (size_t)(shape->rows * shape->dim) * sizeof(float));
     return NF_OK;

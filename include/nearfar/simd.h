@@ -51,7 +51,8 @@
         return set##_fma(p, f, set##_set(1.0f)); \
     }
 
-/* What is below 2^-126 counts as 2^-126: no denormals, and beside a sum of at least 1 it does not count. */
+/* What is below 2^-126 counts as 2^-126, or as 0 where the hardware scales: beside a sum of at least 1 it does not
+ * count. */
 #define NF_EXP2_LOWEST (-126.0f)
 #define NF_EXP2_HIGHEST 126.0f
 
@@ -124,15 +125,14 @@ NF_INLINE NF_V16 double nf_v16_total(nf_v16_t x)
 /* x = floor(x) + f: the hardware splits and scales, so 2^f is a polynomial on [0, 1) (1.5e-7, exact at 0). */
 NF_INLINE NF_V16 nf_v16_t nf_v16_exp2(nf_v16_t x)
 {
-    const nf_v16_t y = _mm512_maskz_max_ps(NF_ALL16, _mm512_set1_ps(NF_EXP2_LOWEST), x);
-    const nf_v16_t f = _mm512_maskz_reduce_ps(NF_ALL16, y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    const nf_v16_t f = _mm512_maskz_reduce_ps(NF_ALL16, x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     nf_v16_t p = _mm512_set1_ps(1.867130279e-3f);
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.01702988e-3f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.579991342e-2f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.401644501e-1f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931513118e-1f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-    return _mm512_maskz_scalef_ps(NF_ALL16, p, y);
+    return _mm512_maskz_scalef_ps(NF_ALL16, p, x);
 }
 
 /* A block of tokens: dst[d][t] = src[t][d] for t, d below 16, of which the first `dims` d are read and written. */
@@ -490,6 +490,59 @@ NF_UNUSED static int nf_supports_neon(void)
 NF_UNUSED static int nf_supports_c(void)
 {
     return 1;
+}
+
+/* Denormal numbers count as zero from here to nf_unflush: products of them take a hundred times as long. Returns what
+ * was. */
+#if defined(NF_X86)
+__attribute__((target("sse"))) static uint64_t nf_flush(void)
+{
+    const uint32_t mode = __builtin_ia32_stmxcsr();
+    __builtin_ia32_ldmxcsr(mode | 0x8040);
+    return mode;
+}
+
+__attribute__((target("sse"))) static void nf_unflush(uint64_t mode)
+{
+    __builtin_ia32_ldmxcsr((uint32_t)mode);
+}
+#elif defined(NF_NEON)
+static uint64_t nf_flush(void)
+{
+    uint64_t mode;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+    __asm__ volatile("msr fpcr, %0" : : "r"(mode | 1u << 24));
+    return mode;
+}
+
+static void nf_unflush(uint64_t mode)
+{
+    __asm__ volatile("msr fpcr, %0" : : "r"(mode));
+}
+#else
+static uint64_t nf_flush(void)
+{
+    return 0;
+}
+
+static void nf_unflush(uint64_t mode)
+{
+    (void)mode;
+}
+#endif
+
+/* Run every unit of a checked plan. */
+NF_UNUSED static void nf_run(const nf_plan *p, nf_unit_fn run, void *workspace)
+{
+    const uint64_t mode = nf_flush();
+    for (int64_t unit = p->begin; unit < p->end; unit++) {
+        nf_grads grads;
+        const nf_unit u = nf_unit_at(p->contract, p, unit, &grads);
+        run(&u, workspace);
+        if (u.state)
+            u.state->tokens += u.kv_tokens;
+    }
+    nf_unflush(mode);
 }
 
 #endif /* NF_SIMD_READY */

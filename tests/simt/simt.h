@@ -291,6 +291,11 @@ SIMT_FN float nf_fma(float a, float b, float c)
     return fmaf(a, b, c);
 }
 
+SIMT_FN float nf_larger(float a, float b)
+{
+    return fmaxf(a, b);
+}
+
 #ifdef __cplusplus
 }
 #endif

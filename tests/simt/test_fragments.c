@@ -14,13 +14,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-enum { STRIDE = 24, WARPS = 2 };
+enum { STRIDE = 24, WARPS = 2, ALONG = 0, DOWN = 1, BY_LEFT = 2 };
 
-/* Two tiles along rows, or with k down the rows, and their product. */
+/* Two tiles and their product. */
 typedef struct work {
     uint16_t a[WARPS][16 * STRIDE], b[WARPS][16 * STRIDE];
     float c[WARPS][16 * 16];
-    int bf16, a_down, b_down;
+    int bf16, down; /* down: the left operand's tile lies with k down the rows */
+    int how;        /* the right one's: along rows, down the rows, or along rows by way of a left operand */
 } work;
 
 static work memory __attribute__((aligned(64)));
@@ -37,9 +38,11 @@ NF_KERNEL(WARPS *NF_FRAGMENT_LANES, 1) product_kernel(work *w)
     }
     nf_barrier();
     s += warp * 16 * STRIDE;
-    a = w->a_down ? nf_columns(s, STRIDE) : nf_rows(s, STRIDE);
+    a = w->down ? nf_left_columns(s, STRIDE) : nf_left_rows(s, STRIDE);
     s += WARPS * 16 * STRIDE;
-    b = w->b_down ? nf_columns(s, STRIDE) : nf_rows(s, STRIDE);
+    b = w->how == ALONG  ? nf_right_rows(s, STRIDE)
+        : w->how == DOWN ? nf_right_columns(s, STRIDE)
+                         : nf_right(nf_left_rows(s, STRIDE));
     for (int i = 0; i < NF_SUMS; i++)
         c.at[i] = w->c[warp][nf_sum_row(i) * 16 + nf_sum_column(i)];
     if (w->bf16)
@@ -67,17 +70,17 @@ static uint16_t number(int x, int bf16)
     return (uint16_t)(x ? (bits >> 31) << 15 | (((bits >> 23 & 255) - 112) << 10) | (bits >> 13 & 0x3ff) : 0);
 }
 
-static void product_is_right(int bf16, int a_down, int b_down)
+static void product_is_right(int bf16, int down, int how)
 {
     static int a[WARPS][16][16], b[WARPS][16][16]; /* row (column), k */
     const int64_t blocks[2] = {1, 1};
     memset(&memory, 0xff, sizeof memory);
-    memory.bf16 = bf16, memory.a_down = a_down, memory.b_down = b_down;
+    memory.bf16 = bf16, memory.down = down, memory.how = how;
     for (int i = 0; i < WARPS * 256; i++) {
         const int w = i / 256, r = i / 16 % 16, k = i % 16;
         a[w][r][k] = (i * 37 + i / 7) % 31 - 15, b[w][r][k] = (i * 53 + i / 5) % 31 - 15;
-        memory.a[w][a_down ? k * STRIDE + r : r * STRIDE + k] = number(a[w][r][k], bf16);
-        memory.b[w][b_down ? k * STRIDE + r : r * STRIDE + k] = number(b[w][r][k], bf16);
+        memory.a[w][down ? k * STRIDE + r : r * STRIDE + k] = number(a[w][r][k], bf16);
+        memory.b[w][how == DOWN ? k * STRIDE + r : r * STRIDE + k] = number(b[w][r][k], bf16);
         memory.c[w][i % 256] = (float)i;
     }
     simt_memory(&memory, sizeof memory);
@@ -90,14 +93,14 @@ static void product_is_right(int bf16, int a_down, int b_down)
         int sum = i;
         for (int k = 0; k < 16; k++)
             sum += a[w][r][k] * b[w][n][k];
-        CHECK(memory.c[w][i % 256] == (float)sum, "warp %d row %d column %d (a %s, b %s): %g, not %d", w, r, n,
-              a_down ? "down" : "along", b_down ? "down" : "along", (double)memory.c[w][i % 256], sum);
+        CHECK(memory.c[w][i % 256] == (float)sum, "warp %d row %d column %d (%d, %d): %g, not %d", w, r, n, down, how,
+              (double)memory.c[w][i % 256], sum);
     }
 }
 
 Test(fragments, products)
 {
-    for (int i = 0; i < 8; i++)
+    for (int i = 0; i < 12; i++)
         product_is_right(i & 1, i >> 1 & 1, i >> 2);
 }
 
