@@ -166,7 +166,7 @@ def on_device(backend: str) -> list[Contract]:
 
 
 def list_of(contract: Contract) -> str:
-    """The list that a contract belongs to; those of 16 bits have a twin in f32, but for softmaxqk, which is not causal."""
+    """The list that a contract belongs to; those of 16 bits have a twin in f32, but for softmaxqk: it is not causal."""
     if contract.map == "softmaxqk":
         return "FULL_LINEARS" if contract.dtype == "f32" else "OTHER_LINEARS"
     if contract.dtype != "f32":
