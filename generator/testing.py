@@ -166,12 +166,12 @@ def on_device(backend: str) -> list[Contract]:
 
 
 def list_of(contract: Contract) -> str:
-    """The list that a contract belongs to; those of 16 bits have a twin in f32, but for linear ones."""
-    if contract.operator == "linear" and contract.dtype != "f32":
-        return "OTHER_LINEARS"
-    if contract.operator == "linear":
-        return "FULL_LINEARS" if contract.map == "softmaxqk" else "CAUSAL_LINEARS"
-    return f"{contract.operator.upper()}S" if contract.dtype == "f32" else "TWINS"
+    """The list that a contract belongs to; those of 16 bits have a twin in f32, but for softmaxqk: it is not causal."""
+    if contract.map == "softmaxqk":
+        return "FULL_LINEARS" if contract.dtype == "f32" else "OTHER_LINEARS"
+    if contract.dtype != "f32":
+        return "TWINS"
+    return "CAUSAL_LINEARS" if contract.operator == "linear" else f"{contract.operator.upper()}S"
 
 
 def twin(contract: Contract) -> Contract:

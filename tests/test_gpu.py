@@ -23,7 +23,6 @@ CONTRACTS = (
     "favor_cosh_bf16_d64_m128",
     "favor_cosh_f16_d64_m128",
     "favor_cosh_bf16_d64_m256",
-    "favor_cosh_bf16_d128_m128",
     "favor_cosh_bf16_d128_m256",
     "linear_elu_f32_d64",
     "linear_elu_bf16_d64",

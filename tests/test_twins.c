@@ -164,6 +164,12 @@ static stage stage_make(const pair *p, scene s)
     scratch = (float *)memory((size_t)(kv * kvh * dim) * 4);
     oracle_inputs(s.kind, s.norm, 0, 5, dim, s.q_tokens * s.heads, kv * kvh, g.q, g.k, scratch);
     release(scratch);
+    if (strstr(p->k.name, "_identity_")) { /* features that can be normalised */
+        for (int64_t i = 0; i < s.q_tokens * s.heads * dim; i++)
+            g.q[i] = fabsf(g.q[i]);
+        for (int64_t i = 0; i < kv * kvh * dim; i++)
+            g.k[i] = fabsf(g.k[i]);
+    }
     for (int64_t i = 0; i < kv * kvh; i++)
         oracle_vector(&random, g.v + i * values, values, sqrt((double)values));
     g.hq = spread(&g, g.q, s.q_tokens, s.heads, dim);
