@@ -36,9 +36,9 @@ class Target:
 
 HALVES = ("bf16", "f16")
 # What matrix units have; the loops of hybrid are more than clang 19 unrolls.
-NVIDIA_KERNELS = (HALVES, ("favor", "exact", "sparse", "hybrid"), True, True)
-AMD_KERNELS = (HALVES, ("favor", "exact", "sparse"), True, True)
-SOFTMAX_KERNELS = (HALVES, ("exact", "sparse"), True, True)
+NVIDIA_KERNELS = (HALVES, ("favor", "linear", "exact", "sparse", "hybrid"), True, True)
+CDNA_KERNELS = (HALVES, ("favor", "linear", "exact", "sparse"), True, True)
+RDNA_KERNELS = (HALVES, ("exact", "sparse"), True, True)
 GPU_KERNELS = (DTYPES, ("favor", "linear", "exact", "sparse", "hybrid"), True, True)  # what a GPU has kernels for
 # Best first: the order of a header's variants and of the choice at run time.
 TARGETS = {
@@ -62,10 +62,10 @@ TARGETS = {
         Target("simt", 1, 0, "any NVIDIA GPU from compute capability 7.5 on", *GPU_KERNELS),
     ),
     "hip": (
-        Target("gfx90a", 64, 0, "AMD Instinct MI200", *AMD_KERNELS),
-        Target("gfx942", 64, 0, "AMD Instinct MI300", *AMD_KERNELS),
-        Target("gfx11", 32, 0, "AMD RDNA3", *SOFTMAX_KERNELS),
-        Target("gfx12", 32, 0, "AMD RDNA4", *SOFTMAX_KERNELS),
+        Target("gfx90a", 64, 0, "AMD Instinct MI200", *CDNA_KERNELS),
+        Target("gfx942", 64, 0, "AMD Instinct MI300", *CDNA_KERNELS),
+        Target("gfx11", 32, 0, "AMD RDNA3", *RDNA_KERNELS),
+        Target("gfx12", 32, 0, "AMD RDNA4", *RDNA_KERNELS),
         Target("simt", 1, 0, "any AMD GPU that HIP knows", *GPU_KERNELS),
     ),
 }
@@ -133,6 +133,9 @@ GPU = {
 # On matrix units 16 tokens of a chunk are a warp's, or several warps' (groups): the largest chunks first.
 MATRIX_FLOATS = {"sm80": 160, "gfx90a": 192, "gfx942": 192}
 MATRIX = {"1x1": (64, 48, 32, 16), "3x4": (32, 16), "1x2": (64, 32)}
+# Linear maps: as many channels as a chunk has tokens, or a few times as many; on AMD what 64 KiB hold.
+LINEAR: dict[str, tuple[int, ...]] = {"1x1": (64, 128, 112, 96, 80, 48, 32, 16)}
+SMALL_LINEAR: dict[str, tuple[int, ...]] = {"1x1": (64, 80, 48, 32, 16)}
 # Softmax: on matrix units a warp has 16 rows of a block; on RDNA tiles of 64 keys would spill.
 SMALL_TILES: dict[str, tuple[int, ...]] = {"1x2": (64, 32)}
 LARGE_TILES: dict[str, tuple[int, ...]] = {"1x4": (64, 128, 32), **SMALL_TILES}
@@ -154,8 +157,9 @@ SPACE = {
     },
     **{(operator, "cuda"): {"sm80": MATRIX} | GPU for operator in ("favor", "hybrid")},
     ("favor", "hip"): {"gfx90a": MATRIX, "gfx942": MATRIX} | GPU,
-    **{(operator, "hip"): GPU for operator in ("linear", "hybrid")},
-    ("linear", "cuda"): GPU,
+    ("hybrid", "hip"): GPU,
+    ("linear", "cuda"): {"sm80": LINEAR} | GPU,
+    ("linear", "hip"): {"gfx90a": SMALL_LINEAR, "gfx942": SMALL_LINEAR} | GPU,
     **{
         (operator, backend): {t.name: GPU_EXACT[t.name] for t in TARGETS[backend]}
         for operator in ("exact", "sparse")
@@ -199,6 +203,8 @@ def misfit(contract: Contract, variant: Variant, target: Target) -> str | None:
     """The rule that a variant breaks with this contract, or None."""
     if target.registers:
         return None
+    if target.lanes > 1 and contract.operator == "linear":
+        return misfit_linear(contract, variant, target)
     if target.lanes > 1:
         return misfit_matrix(contract, variant, target) if contract.m else misfit_softmax(contract, variant)
     c, r, d, m = variant.c, variant.r, contract.d, -(-contract.features // (4 * variant.r)) * 4 * variant.r
@@ -250,6 +256,23 @@ def misfit_matrix(contract: Contract, variant: Variant, target: Target) -> str |
     shared = 2 * (d + 8) * (rows + halves * (c + m)) + 2 * halves * m * (c + 9) + 4 * m + 12 * c + 420
     shared += 4 * c * max(d + 8, halves * (c + 8)) + 2 * halves * c * (m + 8) + 4 * n * c if n > 1 else 4 * c * (d + 8)
     shared += softmax_shared(d, c, max(c // 2, 16)) if contract.b else 0
+    most = 65536 if target.name.startswith("gfx") else 232448
+    return None if shared <= most else f"it takes {shared} bytes of shared memory, at most {most} are there"
+
+
+def misfit_linear(contract: Contract, variant: Variant, target: Target) -> str | None:
+    """The same of linear maps on matrix units: features are channels, so a warp holds a few times 16 channels' sums."""
+    c, d, halves = variant.c, contract.d, 1 if contract.dtype == "bf16" else 2
+    floats = d * d * 16 // c + 16 * d * (1 + halves)  # of a warp: the state, then features of keys or queries, outputs
+    if contract.map not in ("elu", "relu", "identity"):
+        return "the map must be of each channel alone: elu, relu or identity"
+    if d % 16 or d % c:
+        return f"d = {d} must be a multiple of 16 and of c = {c}"
+    if (variant.r, variant.x) != (1, 1) or not variant.s:
+        return "it must be r1x1 and end in _s<tokens>, the segments of operators with a state"
+    if floats > 192 * target.lanes:
+        return f"{d} x {d} sums and {16 * d} outputs do not fit the registers of {c // 16} warps"
+    shared = 2 * c * (d + 8) * (1 + halves) + 2 * halves * d * (c + d + 17) + 8 * c + 420
     most = 65536 if target.name.startswith("gfx") else 232448
     return None if shared <= most else f"it takes {shared} bytes of shared memory, at most {most} are there"
 

@@ -688,6 +688,31 @@ TEST_EACH(nothing)
     }
 }
 
+/* A dim of one entry has no use for its stride: any that is not negative gives the same bits. */
+TEST_EACH(single_entries)
+{
+    static const int64_t strides[] = {1, INT64_MAX};
+    const shape s = {.q_tokens = 1, .norm = 2, .seed = 1};
+    EACH_WAY(k, w)
+    {
+        call c = call_make(k, s);
+        block dense = block_make(c.out.bytes, 0);
+        CHECK(call_run(&c, w.forward) == NF_OK, "%s", w.name);
+        memcpy(dense.data, c.out.data, dense.bytes);
+        for (int i = 0; i < 2; i++) {
+            const int64_t x = strides[i];
+            c.a.q = (nf_input){c.q.data, x, x, x};
+            c.a.k = (nf_input){c.key.data, x, x, x};
+            c.a.v = (nf_input){c.v.data, x, x, x};
+            c.a.out = (nf_output){c.out.data, x, x, x};
+            CHECK(call_run(&c, w.forward) == NF_OK, "%s, stride %lld", w.name, (long long)x);
+            CHECK(memcmp(c.out.data, dense.data, dense.bytes) == 0, "%s, stride %lld", w.name, (long long)x);
+        }
+        block_free(&dense);
+        call_free(&c);
+    }
+}
+
 /* ---- states --------------------------------------------------------------------------------------------------------
  */
 
@@ -839,6 +864,9 @@ TEST_LIST(projection_faults, WITH_FEATURES)
     CHECK(k->projection_read(p.data, (float *)(void *)(w.data + 1)) == NF_E_ALIGN, "read misaligned");
     ((nf_projection_head *)(void *)p.data)->contract++;
     CHECK(k->projection_read(p.data, matrix) == NF_E_PROJECTION, "read another contract's");
+    ((nf_projection_head *)(void *)p.data)->contract--;
+    ((nf_projection_head *)(void *)p.data)->abi--;
+    CHECK(k->projection_read(p.data, matrix) == NF_E_PROJECTION, "read an older version's");
     CHECK(matrix[0] == 1 && matrix[n - 1] == 1, "a refused read wrote");
     block_free(&p);
     block_free(&w);

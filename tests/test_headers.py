@@ -175,6 +175,12 @@ def test_two_prefixes(headers: Headers, tmp_path: Path) -> None:
     run(tmp_path / "a.out")
 
 
+def test_static_among_declared(headers: Headers, tmp_path: Path) -> None:
+    """NEARFAR_STATIC keeps a header inside the file, whatever was declared before it."""
+    source = include(SMALL[0]) + include(SMALL[2], "NEARFAR_STATIC")
+    assert not symbols(compile_source("gcc", "c99", source, headers, tmp_path / "a.o", "-O0"), "-g", "--defined-only")
+
+
 def test_macros_stay_inside(headers: Headers, tmp_path: Path) -> None:
     """A header defines no macro but those of its prefix, and its own guard."""
     source = tmp_path / "a.c"

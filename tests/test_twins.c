@@ -63,7 +63,9 @@ typedef struct scene {
     int projection;           /* SAMPLED, CALIBRATED, GIVEN */
     const int32_t *cu_tokens; /* of `sequences` packed ones */
     int64_t sequences;
-    int parts; /* of a pattern at random (patterns.h); 0: a window and globals */
+    int parts;      /* of a pattern at random (patterns.h); 0: a window and globals */
+    float decay;    /* of the first kv head, half of it of the next, ... */
+    uint32_t flags; /* NF_UNNORMALISED */
     uint64_t seed;
 } scene;
 
@@ -77,7 +79,7 @@ typedef struct stage {
     scene s;
     float *q, *k, *v;         /* unrounded, [token][head][dim] */
     void *hq, *hk, *hv, *out; /* of the kernel */
-    float *lse, *ref_lse;
+    float *lse, *ref_lse, *decay;
     float *ref, *exact; /* [token][head][values]: the twin's, on rounded inputs and on others */
     void *projection, *twin_projection, *state, *twin_state, *workspace;
     int32_t *borders;
@@ -184,6 +186,11 @@ static stage stage_make(const pair *p, scene s)
         g.kit = kit_make(&p->k, s.parts, s.heads, kv, &parts);
         g.pattern = g.kit.p;
     }
+    if (s.decay < 0) {
+        g.decay = (float *)memory((size_t)kvh * sizeof(float));
+        for (int64_t i = 0; i < kvh; i++)
+            g.decay[i] = s.decay / (float)(1 << i);
+    }
     if (s.cu_tokens) {
         g.borders = (int32_t *)memory((size_t)(s.sequences + 1) * sizeof(int32_t));
         memcpy(g.borders, s.cu_tokens, (size_t)(s.sequences + 1) * sizeof(int32_t));
@@ -195,23 +202,9 @@ static stage stage_make(const pair *p, scene s)
 
 static void stage_free(stage *g)
 {
-    void *all[] = {g->q,
-                   g->k,
-                   g->v,
-                   g->hq,
-                   g->hk,
-                   g->hv,
-                   g->out,
-                   g->lse,
-                   g->ref,
-                   g->exact,
-                   g->ref_lse,
-                   g->projection,
-                   g->twin_projection,
-                   g->state,
-                   g->twin_state,
-                   g->workspace,
-                   g->borders};
+    void *all[] = {g->q,     g->k,          g->v,         g->hq,      g->hk,    g->hv,         g->out,
+                   g->lse,   g->ref,        g->exact,     g->ref_lse, g->decay, g->projection, g->twin_projection,
+                   g->state, g->twin_state, g->workspace, g->borders};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         release(all[i]);
     kit_free(&g->kit);
@@ -228,6 +221,7 @@ static nf_args stage_args(const stage *g)
     a.mask = g->s.full;
     a.cu_tokens = g->borders, a.sequences = g->s.sequences;
     a.eps = g->s.eps;
+    a.decay = g->decay, a.flags = g->s.flags;
     a.q = strided(g, g->hq, a.heads, g->p->k.dim);
     a.k = strided(g, g->hk, a.kv_heads, g->p->k.dim);
     a.v = strided(g, g->hv, a.kv_heads, g->p->values);
@@ -239,31 +233,41 @@ static nf_args stage_args(const stage *g)
     return a;
 }
 
+/* Of a call the queries from .. end, with the keys first .. end; without lse. */
+static nf_args piece(const stage *g, int64_t from, int64_t first, int64_t end)
+{
+    const nf_args a = stage_args(g);
+    const int e = g->p->element;
+    nf_args part = a;
+    part.lse = NULL;
+    part.q_tokens = end - from, part.kv_tokens = end - first;
+    part.q.data = (const char *)a.q.data + from * a.q.token_stride * e;
+    part.k.data = (const char *)a.k.data + first * a.k.token_stride * e;
+    part.v.data = (const char *)a.v.data + first * a.v.token_stride * e;
+    part.out.data = (char *)a.out.data + from * a.out.token_stride * e;
+    return part;
+}
+
 /* The call in pieces: `carried` tokens first, and a decode of the last two where `decode` asks for it; without a state
  * each piece has all keys up to its end. */
 static void run_kernel(stage *g, const way *w, int decode)
 {
     const kernel *k = &g->p->k;
-    nf_args a = stage_args(g), part = a;
+    nf_args a = stage_args(g);
     const int64_t cut[3] = {g->s.carried, decode ? a.q_tokens - 2 : a.q_tokens, a.q_tokens};
-    const int e = g->p->element;
     if (!g->s.carried && !decode) {
         CHECK(w->forward(&a, g->workspace, g->bytes) == NF_OK, "%s", w->name);
         return;
     }
-    part.lse = NULL;
     if (k->state_bytes) {
         g->state = g->state ? g->state : memory(k->state_bytes(&a));
-        part.state = g->state;
-        CHECK(k->state_reset(&part) == NF_OK, "reset");
+        a.state = g->state;
+        CHECK(k->state_reset(&a) == NF_OK, "reset");
     }
     for (int i = 0; i < 3; i++) {
-        const int64_t from = i ? cut[i - 1] : 0, first = k->state_bytes ? from : 0;
-        part.q_tokens = cut[i] - from, part.kv_tokens = cut[i] - first;
-        part.q.data = (const char *)a.q.data + from * a.q.token_stride * e;
-        part.k.data = (const char *)a.k.data + first * a.k.token_stride * e;
-        part.v.data = (const char *)a.v.data + first * a.v.token_stride * e;
-        part.out.data = (char *)a.out.data + from * a.out.token_stride * e;
+        const int64_t from = i ? cut[i - 1] : 0;
+        nf_args part = piece(g, from, k->state_bytes ? from : 0, cut[i]);
+        part.state = a.state;
         if (part.q_tokens)
             CHECK((i == 2 ? w->decode : w->forward)(&part, g->workspace, g->bytes) == NF_OK, "%s", w->name);
     }
@@ -428,6 +432,58 @@ TEST_TWINS(projections)
         compare(p, (scene){.heads = 2, .kv_heads = 1, .q_tokens = 90, .norm = 3, .projection = i}, 0);
         compare(p, (scene){.heads = 1, .q_tokens = 40, .kv_tokens = 70, .full = 1, .norm = 3, .projection = i}, 0);
     }
+}
+
+/* Decays, fast ones and slow ones, and sums without a normaliser: step by step, from a state, behind earlier keys. */
+TEST_TWINS(decays)
+{
+    static const float decays[] = {0, -2, -0.03f, -1e-6f};
+    for (size_t i = 0; i < sizeof decays / sizeof *decays && strstr(p->k.name, "linear_"); i++) {
+        scene s = {.heads = 2, .q_tokens = 150, .odd = 1, .norm = 3, .decay = decays[i]};
+        s.flags = i % 2 ? 0 : NF_UNNORMALISED;
+        compare(p, s, 1);
+        s.carried = 77, s.flags ^= NF_UNNORMALISED;
+        compare(p, s, 0);
+        s.carried = 0, s.kv_tokens = 190;
+        compare(p, s, 0);
+    }
+}
+
+/* Keys that two variants have taken in, merged; then the rest of the sequence. */
+TEST_TWINS(merged)
+{
+    static const int64_t cut[] = {0, 60, 110, 150};
+    const float decay = strstr(p->k.name, "linear_") ? -0.03f : 0;
+    stage g;
+    void *state[2];
+    way first;
+    if (p->k.block || !p->k.state_merge || !way_at(&p->k, 0, &first))
+        return;
+    g = stage_make(p, (scene){.heads = 2, .kv_heads = 1, .q_tokens = 150, .norm = 3, .decay = decay});
+    for (int i = 0; i < 2; i++)
+        state[i] = memory(p->k.state_bytes(&(nf_args){.batch = 1, .heads = 1}));
+    EACH_WAY(&p->k, w)
+    {
+        const way t = twin_way(p, &w);
+        nf_args part;
+        run_kernel(&g, &w, 0);
+        run_twin(&g, &t, 0, 0);
+        run_twin(&g, &t, 0, 1);
+        for (int i = 0; i < 2; i++) {
+            part = piece(&g, cut[i], cut[i], cut[i + 1]);
+            part.state = state[i], part.q_tokens = 0;
+            CHECK(p->k.state_reset(&part) == NF_OK, "reset");
+            CHECK((i ? first : w).forward(&part, g.workspace, g.bytes) == NF_OK, "%s", w.name);
+        }
+        CHECK(p->k.state_merge(state[0], state[0], state[1]) == NF_OK, "%s", w.name);
+        part = piece(&g, cut[2], cut[2], cut[3]);
+        part.state = state[0];
+        CHECK(first.forward(&part, g.workspace, g.bytes) == NF_OK, "%s", w.name);
+        CHECK(distance(&g, 0) <= ROUNDINGS * distance(&g, 1) + 1e-5, "%s: error %.2e, rounding the inputs costs %.2e",
+              w.name, distance(&g, 0), distance(&g, 1));
+    }
+    release(state[0]), release(state[1]);
+    stage_free(&g);
 }
 
 /* Sequences behind one another, empty ones among them. */

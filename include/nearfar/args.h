@@ -89,7 +89,7 @@ typedef void (*nf_unit_fn)(const nf_unit *unit, void *workspace);
 /* a * b of non-negative numbers, or -1 where the product (or an operand) leaves the range of sizes. */
 static int64_t nf_product(int64_t a, int64_t b)
 {
-    const int64_t limit = (int64_t)1 << 47;
+    const int64_t limit = sizeof(size_t) < 8 ? INT32_MAX : (int64_t)1 << 47;
     if (a < 0 || b < 0 || (b > 0 && a > limit / b))
         return -1;
     return a * b;
@@ -427,9 +427,9 @@ static nf_status nf_claim_tensor(nf_memory *m, const nf_contract *c, int64_t dim
     const int64_t width = nf_product(heads, dim);
     int64_t count[3] = {heads, tokens, batch}, stride[3], extent = dim;
     size_t bytes;
-    stride[0] = *head_stride ? *head_stride : dim;
-    stride[1] = *token_stride ? *token_stride : width;
-    stride[2] = *batch_stride ? *batch_stride : nf_product(tokens, stride[1]);
+    stride[0] = *head_stride && heads > 1 ? *head_stride : dim;
+    stride[1] = *token_stride && tokens > 1 ? *token_stride : width;
+    stride[2] = *batch_stride && batch > 1 ? *batch_stride : nf_product(tokens, stride[1]);
     if (*head_stride < 0 || *token_stride < 0 || *batch_stride < 0)
         return NF_E_STRIDE;
     if (width < 0 || stride[2] < 0)

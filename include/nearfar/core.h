@@ -28,31 +28,34 @@ extern "C" {
 #define NF_STATUS_LIST(X) \
     X(NF_OK, 0, "ok") \
     X(NF_E_NULL, -1, \
-      "a pointer that this call needs is null (a tensor, workspace, projection, pattern or its list, state, lse)") \
-    X(NF_E_SIZE, -2, "batch and heads must be at least 1, and no size negative") \
+      "a pointer that this call needs is null (a tensor, workspace, projection, matrix, sample, pattern or its list, " \
+      "state, lse)") \
+    X(NF_E_SIZE, -2, "batch and heads (and a sample's tokens) must be at least 1, and no size negative") \
     X(NF_E_HEADS, -3, "heads must be a multiple of kv_heads") \
     X(NF_E_TOKENS, -4, "causal and decode need kv_tokens >= q_tokens; decode with a state needs kv_tokens = q_tokens") \
     X(NF_E_OVERFLOW, -5, "a product of sizes and strides exceeds the address range") \
     X(NF_E_STRIDE, -6, \
-      "a stride is negative, below a row (the head dim; of v and out the value dim), or lets rows of out overlap") \
-    X(NF_E_SCALE, -7, "scale must be from 0 to 1e30 (0 means 1/sqrt(D))") \
+      "a stride is negative, below a row (the head dim; of v and out the value dim) or a projection, or lets rows of " \
+      "out overlap") \
+    X(NF_E_SCALE, -7, "scale must be from 0 to 1e30 (0: the default)") \
     X(NF_E_MASK, -8, \
       "mask must be NF_CAUSAL or NF_FULL; decode, hybrid and a state with a window are causal only, softmaxqk is " \
-      "full " \
-      "only") \
+      "full only") \
     X(NF_E_PACKED, -9, "cu_tokens must rise from 0 to q_tokens = kv_tokens, with batch 1") \
     X(NF_E_SPLIT, -10, "split_begin and split_count must lie within batch (or sequences) * kv_heads") \
     X(NF_E_ALIGN, -11, "workspace, projection and state must be aligned to NF_ALIGN, tensors to their elements") \
     X(NF_E_WORKSPACE, -12, "the workspace is smaller than the workspace function asks for") \
-    X(NF_E_OVERLAP, -13, "memory to be written overlaps other memory of the call") \
+    X(NF_E_OVERLAP, -13, \
+      "memory to be written overlaps other memory of the call (a tensor's reaches from its first element to its " \
+      "last)") \
     X(NF_E_PROJECTION, -14, "this is not a projection of this contract, or it was never initialised") \
     X(NF_E_STATE, -15, \
       "this state is of another contract, projection, scale, eps, decay, pattern or number of units, or was never " \
-      "reset") \
+      "reset; exact and a backward take none, hybrid merges none") \
     X(NF_E_PATTERN, -16, \
       "the pattern is empty, or has what this call does not take: lists with a state; dilation or blocks in hybrid") \
     X(NF_E_VALUE, -17, \
-      "a matrix or sample is not finite or too large, tau is not in [0.001, 1], or a flag is unknown") \
+      "a matrix, sample or far_gain is not finite or too large, tau is not in [0.001, 1], or a flag is unknown") \
     X(NF_E_UNSUPPORTED, -18, "this processor or device lacks what the variant needs") \
     X(NF_E_WINDOW, -19, "window must be from 0 to 2^40, every dilation from 1 to 2^20") \
     X(NF_E_GLOBALS, -20, "globals must not be negative, global_tokens must rise strictly within the keys") \
@@ -90,7 +93,7 @@ NF_UNUSED static const char *nf_status_text(nf_status status)
 /* Which keys a query sees. Causal: the last query sees the last key, each earlier one a key less. */
 typedef enum nf_mask { NF_CAUSAL = 0, NF_FULL = 1 } nf_mask;
 
-/* A tensor [batch, token, head, dim]; strides in elements, 0 = dense, the last dim contiguous. */
+/* A tensor [batch, token, head, dim]; strides in elements, 0 = dense, of one entry: any; the last dim contiguous. */
 typedef struct nf_input {
     const void *data;
     int64_t batch_stride, token_stride, head_stride;

@@ -657,12 +657,12 @@ NF_DEVICE nf_fragment nf_right_rows(const uint16_t *tile, int stride)
 #endif
 }
 
-/* A right operand from a tile that lies the other way: k runs from row to row. */
-NF_DEVICE nf_fragment nf_right_columns(const uint16_t *tile, int stride)
+/* Both from a tile that lies the other way: k runs from row to row. */
+NF_DEVICE nf_fragment nf_left_columns(const uint16_t *tile, int stride)
 {
     nf_fragment f;
 #if NF_FRAGMENTS == NF_SM80
-    nf_ldmatrix_transposed(f.word, tile + nf_lane() % 16 * stride + nf_lane() / 16 * 8);
+    nf_ldmatrix_transposed(f.word, tile + (nf_lane() % 8 + nf_lane() / 16 * 8) * stride + nf_lane() / 8 % 2 * 8);
 #else
     const uint16_t *column = tile + nf_word_k(0) * stride + nf_word_row(0);
     NF_UNROLLED
@@ -670,6 +670,17 @@ NF_DEVICE nf_fragment nf_right_columns(const uint16_t *tile, int stride)
         f.word[i] = (uint32_t)column[2 * i * stride] | (uint32_t)column[(2 * i + 1) * stride] << 16;
 #endif
     return f;
+}
+
+NF_DEVICE nf_fragment nf_right_columns(const uint16_t *tile, int stride)
+{
+#if NF_FRAGMENTS == NF_SM80
+    nf_fragment f;
+    nf_ldmatrix_transposed(f.word, tile + nf_lane() % 16 * stride + nf_lane() / 16 * 8);
+    return f;
+#else
+    return nf_left_columns(tile, stride);
+#endif
 }
 
 /* A left operand back to rows in shared memory. */

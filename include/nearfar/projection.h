@@ -372,7 +372,7 @@ static nf_status nf_projection_read(const nf_projection_shape *shape, const void
     const nf_status status = nf_check_matrix(shape, projection, w);
     if (status != NF_OK)
         return status;
-    if (head->magic != NF_MAGIC_PROJECTION || head->contract != shape->contract)
+    if (head->magic != NF_MAGIC_PROJECTION || head->abi != NF_CORE_ABI || head->contract != shape->contract)
         return NF_E_PROJECTION;
     memcpy(w, head + 1, (size_t)(shape->rows * shape->dim) * sizeof(float));
     return NF_OK;
