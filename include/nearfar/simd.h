@@ -1,8 +1,7 @@
 /* ---- vectors: one small vocabulary per instruction set ----
  *
  * nf_<set>_t is a vector of NF_<SET>_LANES floats; + - * / work on it. fma, max and the conversion inside exp2 are
- * intrinsics: no compiler flag (-ffast-math, -ffp-contract) can change what they mean. NaN passes through max(a, b)
- * when it is in b, and through exp2.
+ * intrinsics: no compiler flag changes their numbers. NaN passes through max(a, b) when it is in b, and through exp2.
  */
 #ifndef NF_SIMD_READY
 #define NF_SIMD_READY
@@ -115,10 +114,10 @@ NF_INLINE NF_V16 float nf_v16_sum(nf_v16_t x)
 /* The sum of the lanes in double precision. */
 NF_INLINE NF_V16 double nf_v16_total(nf_v16_t x)
 {
-    const __m256 low = _mm512_castps512_ps256(x);
+    const __m256 low = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 0));
     const __m256 high = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 1));
     const __m512d all = _mm512_maskz_cvtps_pd(NF_ALL8, low) + _mm512_maskz_cvtps_pd(NF_ALL8, high);
-    const __m256d s = _mm512_castpd512_pd256(all) + _mm512_maskz_extractf64x4_pd(NF_ALL8, all, 1);
+    const __m256d s = _mm512_maskz_extractf64x4_pd(NF_ALL8, all, 0) + _mm512_maskz_extractf64x4_pd(NF_ALL8, all, 1);
     return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
@@ -492,49 +491,29 @@ NF_UNUSED static int nf_supports_c(void)
     return 1;
 }
 
-/* Denormal numbers count as zero from here to nf_unflush: products of them take a hundred times as long. Returns what
- * was. */
+/* on: denormal numbers, whose products take a hundred times as long, count as zero until the mode that this returns is
+ * put back. */
 #if defined(NF_X86)
-__attribute__((target("sse"))) static uint64_t nf_flush(void)
-{
-    const uint32_t mode = __builtin_ia32_stmxcsr();
-    __builtin_ia32_ldmxcsr(mode | 0x8040);
-    return mode;
-}
-
-__attribute__((target("sse"))) static void nf_unflush(uint64_t mode)
-{
-    __builtin_ia32_ldmxcsr((uint32_t)mode);
-}
-#elif defined(NF_NEON)
-static uint64_t nf_flush(void)
-{
-    uint64_t mode;
-    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
-    __asm__ volatile("msr fpcr, %0" : : "r"(mode | 1u << 24));
-    return mode;
-}
-
-static void nf_unflush(uint64_t mode)
-{
-    __asm__ volatile("msr fpcr, %0" : : "r"(mode));
-}
-#else
-static uint64_t nf_flush(void)
-{
-    return 0;
-}
-
-static void nf_unflush(uint64_t mode)
-{
-    (void)mode;
-}
+__attribute__((target("sse")))
 #endif
+static uint64_t
+nf_flush(int on, uint64_t mode)
+{
+#if defined(NF_X86)
+    mode = on ? __builtin_ia32_stmxcsr() : mode;
+    __builtin_ia32_ldmxcsr((uint32_t)mode | (on ? 0x8040u : 0));
+#elif defined(NF_NEON)
+    if (on)
+        __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+    __asm__ volatile("msr fpcr, %0" : : "r"(mode | (uint64_t)on << 24));
+#endif
+    return mode;
+}
 
 /* Run every unit of a checked plan. */
 NF_UNUSED static void nf_run(const nf_plan *p, nf_unit_fn run, void *workspace)
 {
-    const uint64_t mode = nf_flush();
+    const uint64_t mode = nf_flush(1, 0);
     for (int64_t unit = p->begin; unit < p->end; unit++) {
         nf_grads grads;
         const nf_unit u = nf_unit_at(p->contract, p, unit, &grads);
@@ -542,7 +521,7 @@ NF_UNUSED static void nf_run(const nf_plan *p, nf_unit_fn run, void *workspace)
         if (u.state)
             u.state->tokens += u.kv_tokens;
     }
-    nf_unflush(mode);
+    nf_flush(0, mode);
 }
 
 #endif /* NF_SIMD_READY */
