@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -299,6 +301,55 @@ def test_products_of_fragments_are_single_instructions_on_nvidia(tmp_path: Path)
         assert found in ptx
     run(nvcc(), "-arch", "sm_75", *flags)
     assert "mma.sync" not in (tmp_path / "ptx").read_text(encoding="utf-8")
+
+
+def nvdisasm() -> str:
+    """The disassembler of the toolkit, or of the Python package."""
+    found = shutil.which("nvdisasm") or shutil.which("nvdisasm", path="/usr/local/cuda/bin")
+    packaged = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/nvdisasm"))
+    if not found and not packaged:
+        pytest.skip("nvdisasm is missing: pip install nvidia-cuda-nvdisasm")
+    return found or str(packaged[-1])
+
+
+def loops(kernel: str) -> list[list[str]]:
+    """The instructions of a disassembled kernel from every label to the last branch back to it."""
+    labels: dict[str, int] = {}
+    ends: dict[str, int] = {}
+    instructions: list[str] = []
+    for line in kernel.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ +)?(.*?);", line):
+            instructions.append(found[1])
+            if (back := re.search(r"BRA.*`\((\.L_x_\d+)\)", found[1])) and back[1] in labels:
+                ends[back[1]] = len(instructions)
+    return [instructions[labels[label] : end] for label, end in ends.items()]
+
+
+# Products of a warp, once in the text. favor, a chunk: of keys, S and z, queries, the state's outputs, scores; then
+# those of rows and of w that bf16 does not hold. Its scores alone. exact: a tile of keys.
+PRODUCTS = [
+    ("favor_cosh_bf16_d64_m128", 32 + 72 + 32 + 72 + 25 + 32, 5000),
+    ("favor_cosh_bf16_d64_m128", 25, 90),
+    ("exact_bf16_d64", 32 + 36, 1900),
+]
+
+
+@pytest.mark.parametrize(("contract", "products", "most"), PRODUCTS)
+def test_disassembly(contract: str, products: int, most: int, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What nvcc makes of a loop: the algorithm's products, no memory of a thread's own, and about as many instructions as
+    when this was written, rare branches included. (-s shows them.)"""
+    run(nvcc(), "-arch", "sm_90", "-cubin", folder / f"{contract}.cu", "-o", folder / "cubin")
+    kernels = run(nvdisasm(), "-c", folder / "cubin").split("\n.text.")
+    kernel = next(text for text in kernels if "_sm80_" in text.split(":", 1)[0])
+    found = [loop for loop in loops(kernel) if sum("HMMA" in one for one in loop) == products]
+    assert found, f"no loop of {products} products"
+    shortest = min(found, key=len)
+    kinds = Counter(re.split(r"[. ]", one)[0] for one in shortest)
+    with capsys.disabled():
+        print(f"{contract}: {len(shortest)} instructions; {dict(kinds.most_common(12))}")
+    assert kinds["LDL"] == kinds["STL"] == 0 and len(shortest) <= most
 
 
 @pytest.mark.parametrize(("arch", "instruction"), [("gfx90a", "v_mfma"), ("gfx1100", "v_wmma"), ("gfx1201", "v_wmma")])
