@@ -29,7 +29,6 @@ CONTRACTS = (
     "linear_elu_f32_d64",
     "linear_elu_bf16_d64",
     "linear_elu_bf16_d128",
-    "linear_relu_f16_d64",
     "linear_taylor2_bf16_d16",
     "linear_softmaxqk_f16_d64",
     "exact_f32_d64",
