@@ -337,8 +337,8 @@ PRODUCTS = [
 
 @pytest.mark.parametrize(("contract", "products", "most"), PRODUCTS)
 def test_disassembly(contract: str, products: int, most: int, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What nvcc makes of a loop: the algorithm's products, no memory of a thread's own, about as many instructions
-    as when this was written, rare branches included. (-s shows them.)"""
+    """What nvcc makes of a loop: the algorithm's products, no memory of a thread's own, and at most so many
+    instructions, rare branches included. (-s shows them.)"""
     run(nvcc(), "-arch", "sm_90", "-cubin", folder / f"{contract}.cu", "-o", folder / "cubin")
     kernels = run(nvdisasm(), "-c", folder / "cubin").split("\n.text.")
     kernel = next(text for text in kernels if "_sm80_" in text.split(":", 1)[0])

@@ -728,7 +728,7 @@ NF_DEVICE void nf_product_f16(nf_sums *c, nf_fragment a, nf_fragment b)
 #endif
 
 /* The same with a b whose columns are all alike: of c only nf_row_sum is of use. */
-NF_DEVICE void nf_product_row(nf_sums *c, nf_fragment a, nf_fragment b)
+NF_DEVICE void nf_product_row_bf16(nf_sums *c, nf_fragment a, nf_fragment b)
 {
     NF_PRODUCT_ROW(bf16);
 }
@@ -780,9 +780,8 @@ NF_DEVICE float nf_row_first(const nf_sums *c, int slot)
 NF_DEVICE float nf_row_max(float x)
 {
     NF_UNROLLED
-    for (int other = NF_ROW_STEP; other < NF_ROW_END; other *= 2) {
+    for (int other = NF_ROW_STEP; other < NF_ROW_END; other *= 2)
         x = nf_larger(x, nf_lane_xor(x, other));
-    }
     return x;
 }
 
