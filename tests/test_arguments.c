@@ -713,6 +713,27 @@ TEST_EACH(single_entries)
     }
 }
 
+/* One token a batch entry, out of rows of three: a dense batch stride follows the token stride. */
+TEST_EACH(single_tokens)
+{
+    const shape s = {.batch = 2, .q_tokens = 3, .norm = 2, .seed = 1};
+    EACH_WAY(k, w)
+    {
+        call c = call_make(k, s);
+        block expected = block_make(c.out.bytes, 0);
+        c.a.q_tokens = c.a.kv_tokens = 1;
+        c.a.q.token_stride = c.a.q.batch_stride = c.a.k.token_stride = c.a.k.batch_stride = 3 * k->dim;
+        c.a.v.token_stride = c.a.v.batch_stride = c.a.out.token_stride = c.a.out.batch_stride = 3 * k->dim;
+        CHECK(call_run(&c, w.forward) == NF_OK, "%s", w.name);
+        memcpy(expected.data, c.out.data, expected.bytes);
+        c.a.q.batch_stride = c.a.k.batch_stride = c.a.v.batch_stride = c.a.out.batch_stride = 0;
+        CHECK(call_run(&c, w.forward) == NF_OK, "%s", w.name);
+        CHECK(memcmp(c.out.data, expected.data, expected.bytes) == 0, "%s", w.name);
+        block_free(&expected);
+        call_free(&c);
+    }
+}
+
 /* ---- states --------------------------------------------------------------------------------------------------------
  */
 

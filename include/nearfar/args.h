@@ -424,12 +424,12 @@ static nf_status nf_claim_tensor(nf_memory *m, const nf_contract *c, int64_t dim
                                  int64_t heads, const void *data, int64_t *batch_stride, int64_t *token_stride,
                                  int64_t *head_stride, int written)
 {
-    const int64_t width = nf_product(heads, dim);
+    const int64_t width = nf_product(heads, dim), row = *token_stride ? *token_stride : width;
     int64_t count[3] = {heads, tokens, batch}, stride[3], extent = dim;
     size_t bytes;
     stride[0] = *head_stride && heads > 1 ? *head_stride : dim;
-    stride[1] = *token_stride && tokens > 1 ? *token_stride : width;
-    stride[2] = *batch_stride && batch > 1 ? *batch_stride : nf_product(tokens, stride[1]);
+    stride[1] = tokens > 1 ? row : width;
+    stride[2] = batch == 1 ? width : *batch_stride ? *batch_stride : nf_product(tokens, row);
     if (*head_stride < 0 || *token_stride < 0 || *batch_stride < 0)
         return NF_E_STRIDE;
     if (width < 0 || stride[2] < 0)

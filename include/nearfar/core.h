@@ -93,7 +93,8 @@ NF_UNUSED static const char *nf_status_text(nf_status status)
 /* Which keys a query sees. Causal: the last query sees the last key, each earlier one a key less. */
 typedef enum nf_mask { NF_CAUSAL = 0, NF_FULL = 1 } nf_mask;
 
-/* A tensor [batch, token, head, dim]; strides in elements, 0 = dense, of one entry: any; the last dim contiguous. */
+/* A tensor [batch, token, head, dim]; strides in elements, of one entry: any, the last dim's 1.
+ * 0 = dense: dim, heads * dim, tokens * token_stride. */
 typedef struct nf_input {
     const void *data;
     int64_t batch_stride, token_stride, head_stride;
