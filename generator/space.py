@@ -112,7 +112,7 @@ EXACT = CPU | {
     "avx512": {"8x2": (64, 128, 32), "12x2": (96,), "8x3": (96, 48), "4x4": (128, 64)},
     "avx2": {"6x2": (96, 48), "4x3": (96, 48)},
 }
-# A hybrid's window reads a block of keys for each block of queries: chunks of the commonest block first.
+# A hybrid goes through each block of queries in chunks: those of the commonest block first.
 HYBRID = CPU | {
     "avx512": {"8x2": (64, 32, 128), "4x4": (64, 128), "12x2": (96,), "8x3": (48, 96)},
     "avx2": {"4x2": (64, 32), "6x2": (96, 48), "4x3": (96, 48), "8x1": (64, 32)},
@@ -306,6 +306,8 @@ def space(contract: Contract, backend: str = "cpu") -> list[Variant]:
     for target in filter(lambda t: t.runs(contract), TARGETS[backend]):
         for tile, chunks in SPACE.get((contract.operator, backend), {}).get(target.name, {}).items():
             r, x = map(int, tile.split("x"))
+            if contract.operator == "hybrid" and target.registers:  # chunk by chunk of a block: the fewest tokens first
+                chunks = tuple(sorted(chunks, key=lambda c: -(-contract.b // c) * c))
             made = [
                 Variant(target.name, c, r, x, s=SEGMENT if contract.features and not target.registers else 0)
                 for c in chunks
