@@ -146,7 +146,12 @@ def sum_up(log: Path) -> int:
 # ---- on a GPU ------------------------------------------------------------------------------------------------------
 
 TOPICS = ("accuracy", "bits", "state", "pattern", "linear", "twins")  # the files tests/test_<topic>.c for any backend
-SHAPES = ({"d": 64, "m": 128, "b": 64}, {"d": 48, "m": 96, "b": 48}, {"d": 8, "m": 8, "b": 16})
+SHAPES = (
+    {"d": 64, "m": 128, "b": 64},
+    {"d": 48, "m": 96, "b": 48},
+    {"d": 8, "m": 8, "b": 16},
+    {"d": 128, "m": 256, "b": 64},
+)
 INCLUDE = ("-I.", *(f"-I{ROOT / folder}" for folder in ("bench", "tests", "include", "include/nearfar", ".")))
 SECONDS = 240  # for one topic and contract
 # The lists of contracts that the test files know, as meson.build has them.
