@@ -8,7 +8,6 @@ import json
 import re
 import sys
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -168,8 +167,8 @@ def test_the_tests_run_on_a_device(
 def test_what_is_tested_on_a_device_follows_the_schema() -> None:
     for backend in build.TOOLKITS:
         found = testing.on_device(backend)
-        some = islice(contracts(), 0, None, 7)
-        everything = {(c.operator, c.map) for c in some if c.dtype == "f32" and space(c, backend)}
+        some = (c for c in contracts() if (c.dtype, c.d, c.v) == ("f32", 16, 0) and c.m % 128 == c.b % 64 == 0)
+        everything = {(c.operator, c.map) for c in some if space(c, backend)}
         assert {(c.operator, c.map) for c in found} == everything
         assert all(testing.list_of(c) in testing.LISTS for c in found)
 
