@@ -145,7 +145,8 @@ def sum_up(log: Path) -> int:
 
 # ---- on a GPU ------------------------------------------------------------------------------------------------------
 
-TOPICS = ("accuracy", "bits", "state", "pattern", "linear", "twins")  # the files tests/test_<topic>.c for any backend
+# The files tests/test_<topic>.c for any backend.
+TOPICS = ("accuracy", "bits", "layouts", "state", "pattern", "linear", "twins")
 SHAPES = ({"d": 64, "m": 128, "b": 64}, {"d": 48, "m": 96, "b": 48}, {"d": 8, "m": 8, "b": 16})
 INCLUDE = ("-I.", *(f"-I{ROOT / folder}" for folder in ("bench", "tests", "include", "include/nearfar", ".")))
 SECONDS = 240  # for one topic and contract
