@@ -99,7 +99,7 @@ def test_kernels_are_clean_c(language: str, compiler: str, folder: Path) -> None
             need(compiler, compiler),
             *language.split(),
             *flags,
-            "-O1" if language.endswith(("c99", "c++20")) else "-fsyntax-only",
+            "-O1" if (compiler, language[-3:]) in (("gcc", "c99"), ("clang", "+20")) else "-fsyntax-only",
             "-c",
             "-I",
             ROOT / "tests",

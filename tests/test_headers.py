@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -212,7 +212,7 @@ LIMITS = [
 def test_small_and_quick(
     contract: str, kilobytes: int, forward: float, everything: float, headers: Headers, tmp_path: Path
 ) -> None:
-    """Size, and time to compile on an idle core (twice that on a busy one, best of three)."""
+    """Size, and processor time to compile on an idle machine (a half more on a busy one, best of three)."""
     folder = headers(contract)
     size = (folder / f"nf_{contract}_cpu.h").stat().st_size
     source = tmp_path / "a.c"
@@ -220,13 +220,14 @@ def test_small_and_quick(
     for flags, limit in ((["-DNEARFAR_FORWARD_ONLY"], forward), ([], everything)):
         times = []
         for _ in range(3):
-            start = time.perf_counter()
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
             run("gcc", "-O2", *flags, "-I", folder, "-c", source, "-o", tmp_path / "a.o")
-            times.append(time.perf_counter() - start)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
             if min(times) < limit:
                 break
         print(f"{contract} {size // 1000} kB {' '.join(flags)}: {min(times):.2f} s")
-        assert min(times) < 2 * limit
+        assert min(times) < 1.5 * limit
     assert size < kilobytes * 1000
 
 

@@ -206,8 +206,7 @@ def test_the_budget_is_kept(make: Make) -> None:
     assert time.monotonic() - start < 5
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("wait", [0.1, 0.9])
+@pytest.mark.parametrize("number, wait", [(signal.SIGINT, 0.1), (signal.SIGTERM, 0.9)])
 def test_an_interruption_leaves_nothing(make: Make, number: signal.Signals, wait: float) -> None:
     tuner = make([PLAIN, ("hang", 100, "hang"), ("fast", 150, "none")])
     tuner.tune()
@@ -321,7 +320,7 @@ def test_wrong_usage_of_the_commands(tmp_path: Path) -> None:
 
 def test_a_pack_tunes_without_python(tmp_path: Path) -> None:
     folder = tmp_path / "pack"
-    contracts = ["exact_f32_d16", "favor_cosh_f32_d16_m16", "sparse_f32_d16_b16", "linear_softmaxqk_f32_d16"]
+    contracts = ["exact_f32_d8", "favor_cosh_f32_d8_m8", "sparse_f32_d8_b16"]
     assert nearfar("pack", *contracts, "-o", str(folder)).returncode == 0
     sources = [path.name for path in folder.glob("*.c")]
     done = subprocess.run(
@@ -329,7 +328,7 @@ def test_a_pack_tunes_without_python(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     done = subprocess.run(
-        [str(folder / "tune"), "--json", "r.jsonl", "--budget", "6", "--tokens", "256"],
+        [str(folder / "tune"), "--json", "r.jsonl", "--budget", "3", "--tokens", "256"],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -338,7 +337,7 @@ def test_a_pack_tunes_without_python(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = [json.loads(line)["contract"] for line in (folder / "r.jsonl").read_text().splitlines()]
     assert sorted(found) == sorted(contracts)
-    assert nearfar("generate", "exact_f32_d16", "--tuned", str(folder / "r.jsonl"), "-o", str(tmp_path)).returncode == 0
+    assert nearfar("generate", "exact_f32_d8", "--tuned", str(folder / "r.jsonl"), "-o", str(tmp_path)).returncode == 0
 
 
 @pytest.mark.parametrize("contract", ["exact_f32_d8", "favor_exp_f32_d8_m8", "linear_elu_f32_d8", "sparse_f32_d8_b16"])

@@ -409,7 +409,7 @@ static nf_part *nf_claim(nf_memory *m, const void *at, size_t bytes, int written
 }
 
 /* Are two tensors apart modulo a stride? Modulo p each lies in [at, at + width), width its bytes less the whole p in
- * its steps; they are if a's width ends before b begins, and b's before a's next. */
+ * its steps: they are if a's width ends before b begins, and b's before a begins again. */
 static int nf_apart(const nf_part *a, const nf_part *b)
 {
     for (int i = 0; i < 6 && a->stride[0] && b->stride[0]; i++) {
@@ -455,12 +455,12 @@ static nf_status nf_claim_tensor(nf_memory *m, const nf_contract *c, int64_t dim
     if (width < 0 || stride[2] < 0)
         return NF_E_OVERFLOW;
     *head_stride = stride[0], *token_stride = stride[1], *batch_stride = stride[2];
-    for (int i = 0; i < 4; i++) /* smallest stride first */
-        if (stride[i % 2] > stride[i % 2 + 1]) {
-            const int64_t s = stride[i % 2], n = count[i % 2];
-            stride[i % 2] = stride[i % 2 + 1], count[i % 2] = count[i % 2 + 1];
-            stride[i % 2 + 1] = s, count[i % 2 + 1] = n;
-        }
+    for (int i = 0; i < 3; i++) { /* smallest stride first */
+        int64_t *s = stride + i % 2, *n = count + i % 2;
+        const int64_t low = s[1], few = n[1];
+        if (s[0] > low)
+            s[1] = s[0], n[1] = n[0], s[0] = low, n[0] = few;
+    }
     for (int i = 0; i < 3 && tokens > 0; i++) {
         const int64_t reach = nf_product(count[i] - 1, stride[i]);
         if (reach < 0 || nf_product(extent + reach, (int64_t)c->element) < 0)
