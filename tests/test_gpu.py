@@ -284,6 +284,38 @@ void *probe_address(void)
 """
 
 
+ALIAS = (
+    PROBE.split("#ifdef")[0]
+    + """
+NF_KERNEL(64, 1) probe(const uint16_t *in, uint16_t *one, uint16_t *out)
+{
+    uint16_t before[8], behind[8];
+    nf_load8(before, in + 8 * nf_thread());
+    *one = 1; /* which may be one of them */
+    nf_load8(behind, in + 8 * nf_thread());
+    for (int i = 0; i < 8; i++)
+        out[i] = (uint16_t)(before[i] + behind[i]);
+}
+void *probe_address(void);
+void *probe_address(void)
+{
+    return (void *)probe;
+}
+"""
+)
+
+
+def test_8_numbers_are_the_same_memory_as_each_of_them(tmp_path: Path) -> None:
+    """What is written one by one must be there when 16 bytes are read at once, whatever their type."""
+    source, out = tmp_path / "probe.cu", tmp_path / "out"
+    source.write_text(ALIAS, encoding="utf-8")
+    run(nvcc(), "-arch", "sm_80", "-I", ROOT / "include", "-ptx", source, "-o", out)
+    assert out.read_text(encoding="utf-8").count("ld.global.v4") == 2
+    flags = [*AMD_FLAGS, "--offload-arch=gfx90a", "-I", ROOT / "include", "-I", ROOT / "tests" / "simt"]
+    run(clang(), *flags, source, "-o", out)
+    assert len(re.findall("_load_dwordx4 v", out.read_text(encoding="utf-8"))) == 2
+
+
 def test_products_of_fragments_are_single_instructions_on_nvidia(tmp_path: Path) -> None:
     (tmp_path / "probe.cu").write_text(PROBE, encoding="utf-8")
     flags = ["-Werror", "all-warnings", "-I", ROOT / "include", "-ptx", tmp_path / "probe.cu", "-o", tmp_path / "ptx"]

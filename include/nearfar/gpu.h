@@ -184,7 +184,8 @@ NF_DEVICE void nf_ldmatrix(uint32_t *r, const void *row)
 #if __CUDA_ARCH__ >= 750
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"((uint32_t)__cvta_generic_to_shared(row)));
+                 : "r"((uint32_t)__cvta_generic_to_shared(row))
+                 : "memory");
 #endif
 }
 
@@ -193,7 +194,8 @@ NF_DEVICE void nf_ldmatrix_transposed(uint32_t *r, const void *row)
 #if __CUDA_ARCH__ >= 750
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"((uint32_t)__cvta_generic_to_shared(row)));
+                 : "r"((uint32_t)__cvta_generic_to_shared(row))
+                 : "memory");
 #endif
 }
 
@@ -262,7 +264,7 @@ extern "C++" {
 #define NF_UNROLLED_BY(n) NF_PRAGMA(unroll n)
 #define NF_PRAGMA(text) _Pragma(#text)
 
-typedef struct __attribute__((aligned(16))) nf_float4 {
+typedef struct __attribute__((aligned(16), may_alias)) nf_float4 { /* 16 bytes of anything */
     float x, y, z, w;
 } nf_float4;
 
