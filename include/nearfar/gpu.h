@@ -29,7 +29,9 @@ extern "C++" {
 #define NF_UNROLLED_BY(n) NF_PRAGMA(unroll n)
 #define NF_PRAGMA(text) _Pragma(#text)
 
-typedef float4 nf_float4;
+typedef struct __attribute__((aligned(16), may_alias)) nf_float4 { /* 16 bytes of anything */
+    float x, y, z, w;
+} nf_float4;
 
 NF_DEVICE nf_float4 nf_load4(const float *p)
 {
