@@ -250,6 +250,15 @@ def test_amd(arch: str, folder: Path) -> None:
         assert set(re.findall(r"VGPRs Spill: (\d+)", log)) == {"0"}, log
 
 
+def test_the_host_of_amd(folder: Path) -> None:
+    """The host's part, too: checks, launches, the runtime's calls."""
+    flags = [flag for flag in AMD_FLAGS if flag != "--cuda-device-only"]
+    flags += ["--cuda-host-only", "--offload-arch=gfx90a", "-I", ROOT / "tests" / "simt"]
+    run(clang(), *flags, folder / f"{MATRIX}.hip", "-o", folder / "out.s")
+    for called in ("hipGetDeviceProperties", "hipDeviceGetAttribute", "hipLaunchKernel"):
+        assert called in (folder / "out.s").read_text(encoding="utf-8")
+
+
 PROBE = """
 #include <string.h>
 #include "nearfar/core.h"

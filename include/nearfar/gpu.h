@@ -918,11 +918,15 @@ NF_UNUSED static int nf_device_is(const char *target, int fragments, nf_kernel k
     (void)target, (void)fragments;
     return cudaFuncGetAttributes(&a, (const void *)kernel) == cudaSuccess && a.ptxVersion >= 80;
 #else
+    static thread_local hipDeviceProp_t p; /* asked for once: every call wants to know */
+    static thread_local int known = -1;
     int device;
-    hipDeviceProp_t p;
     (void)fragments, (void)kernel;
-    return hipGetDevice(&device) == hipSuccess && hipGetDeviceProperties(&p, device) == hipSuccess &&
-           strncmp(p.gcnArchName, target, strlen(target)) == 0;
+    if (hipGetDevice(&device) != hipSuccess)
+        return 0;
+    if (device != known)
+        known = hipGetDeviceProperties(&p, device) == hipSuccess ? device : -1;
+    return device == known && strncmp(p.gcnArchName, target, strlen(target)) == 0;
 #endif
 }
 
