@@ -614,6 +614,44 @@ TEST_TWINS(past)
     stage_free(&g);
 }
 
+/* Logits far beyond any model's. Those of a row are far apart or alike, whole numbers times a power of two, so that the
+ * twin's output is the definition's; of the rows of a warp some have the largest logits, some the lowest, some ordinary
+ * ones. (Of features all have the largest: estimates of the others would be noise.) */
+TEST_TWINS(enormous)
+{
+    static const float sizes[] = {0x1p11f, 0x1p15f, 0x1p40f, 0x1p100f}; /* f16 has the first two */
+    const int estimate = !p->k.block && !strstr(p->k.name, "exact_");
+    for (int i = 0; i < (p->f16 ? 2 : 4); i++) {
+        stage g = stage_make(p, (scene){.heads = 1, .q_tokens = 150, .norm = 1});
+        const int dim = p->k.dim, values = p->values;
+        const float query[3] = {sizes[i], -sizes[i], 1 / sizes[i]};
+        for (int64_t e = 0; e < 150 * dim; e++) {
+            g.q[e] = query[p->k.features ? 0 : e / dim % 3];
+            g.k[e] = sizes[i] * (1 + (float)(e / dim * 37 % 64) / 64);
+            write_element(p, g.hq, e, g.q[e]);
+            write_element(p, g.hk, e, g.k[e]);
+        }
+        EACH_WAY(&p->k, w)
+        {
+            const way t = twin_way(p, &w);
+            run_kernel(&g, &w, 0);
+            run_twin(&g, &t, 0, 0);
+            for (int64_t e = 0; e < 150 * values; e++) {
+                const double x = (double)read_element(p, g.out, e), y = (double)g.ref[e];
+                CHECK(isfinite(x) && (estimate || fabs(x - y) <= 0x1p-7 * (1 + fabs(y))),
+                      "%s: inputs of %g: column %d of row %d is %g, not %g", w.name, (double)sizes[i], (int)e % values,
+                      (int)e / values, x, y);
+            }
+            for (int64_t row = 0; row < 150; row++) {
+                const double x = (double)g.lse[row], y = (double)g.ref_lse[row];
+                CHECK(!isnan(x) && (estimate || i == 3 || fabs(x - y) <= 0x1p-8 + 1e-6 * fabs(y)), /* 3: cut off */
+                      "%s: inputs of %g: lse of row %d is %g, not %g", w.name, (double)sizes[i], (int)row, x, y);
+            }
+        }
+        stage_free(&g);
+    }
+}
+
 #ifndef SIMT /* GPUs have neither eps nor a backward */
 /* The published Performer's features (test_compat.c). */
 TEST_TWINS(compat)
