@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,17 +21,11 @@ WINDOW, GLOBALS = 512, 4
 SECONDS, SAMPLES = 0.08, (3, 15)  # for a point; its fewest and most samples
 LONGEST = 2.0  # seconds: longer sequences are left out
 Make = Callable[[Any, Any, Any], Callable[[], Any]]
+Within = Callable[[], AbstractContextManager[Any]]
 
 
-def sdpa(backend: SDPBackend) -> Make:
-    def make(q: Any, k: Any, v: Any) -> Callable[[], Any]:
-        def call() -> Any:
-            with sdpa_kernel([backend]):
-                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-        return call
-
-    return make
+def sdpa(q: Any, k: Any, v: Any) -> Callable[[], Any]:
+    return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def flex(q: Any, k: Any, v: Any) -> Callable[[], Any]:
@@ -39,6 +34,7 @@ def flex(q: Any, k: Any, v: Any) -> Callable[[], Any]:
     def seen(_batch: Any, _head: Any, i: Any, j: Any) -> Any:
         return (i >= j) & ((i - j < WINDOW) | (j < GLOBALS) | (i < GLOBALS))
 
+    torch.compiler.reset()  # or another length makes a kernel for all lengths, and the ninth runs without one
     mask = create_block_mask(seen, None, None, q.shape[2], k.shape[2], device="cuda", _compile=True)
     compiled = torch.compile(flex_attention)
     return lambda: compiled(q, k, v, block_mask=mask)
@@ -51,11 +47,11 @@ def chunks(q: Any, k: Any, v: Any) -> Callable[[], Any]:
     return lambda: chunk_linear_attn(q, k, v)
 
 
-WAYS: dict[str, tuple[str, Make]] = {
-    "SDPA flash": ("exact", sdpa(SDPBackend.FLASH_ATTENTION)),
-    "SDPA cuDNN": ("exact", sdpa(SDPBackend.CUDNN_ATTENTION)),
-    "FlexAttention": ("sparse", flex),
-    "fla chunk_linear_attn": ("linear", chunks),
+WAYS: dict[str, tuple[str, Make, Within]] = {  # the operator, what makes a call, and within what it is timed
+    "SDPA flash": ("exact", sdpa, lambda: sdpa_kernel([SDPBackend.FLASH_ATTENTION])),
+    "SDPA cuDNN": ("exact", sdpa, lambda: sdpa_kernel([SDPBackend.CUDNN_ATTENTION])),
+    "FlexAttention": ("sparse", flex, nullcontext),
+    "fla chunk_linear_attn": ("linear", chunks, nullcontext),
 }
 
 
@@ -80,13 +76,14 @@ def measure(call: Callable[[], Any]) -> list[float]:
 
 def time_way(by: str, dtype: str, dim: int, heads: int, lengths: list[int]) -> None:
     """A line for every length, until it takes too long or is refused."""
-    operator, make = WAYS[by]
+    operator, make, within = WAYS[by]
     for tokens in lengths:
         line = {"bench": "peer", "by": by, "operator": operator, "dtype": dtype, "d": dim, "tokens": tokens}
         kind = torch.bfloat16 if dtype == "bf16" else torch.float16
         try:
             q, k, v = (torch.randn(1, heads, tokens, dim, device="cuda", dtype=kind) for _ in range(3))
-            times = measure(make(q, k, v))
+            with within():
+                times = measure(make(q, k, v))
         except Exception as error:  # not importable, not supported, no memory: the others go on
             reason = (str(error).splitlines() or [""])[0][:200]
             print(json.dumps({**line, "reason": f"{type(error).__name__}: {reason}"}), flush=True)

@@ -145,10 +145,12 @@ def sum_up(log: Path) -> int:
 
 # ---- on a GPU ------------------------------------------------------------------------------------------------------
 
-TOPICS = ("accuracy", "bits", "state", "pattern", "linear", "twins")  # the files tests/test_<topic>.c for any backend
+# The files tests/test_<topic>.c for any backend.
+TOPICS = ("accuracy", "bits", "layouts", "state", "pattern", "linear", "twins")
 SHAPES = ({"d": 64, "m": 128, "b": 64}, {"d": 48, "m": 96, "b": 48}, {"d": 8, "m": 8, "b": 16})
 INCLUDE = ("-I.", *(f"-I{ROOT / folder}" for folder in ("bench", "tests", "include", "include/nearfar", ".")))
 SECONDS = 240  # for one topic and contract
+PROCESSES = 8  # at once: each takes some hundred MB of the GPU's memory for its runtime
 # The lists of contracts that the test files know, as meson.build has them.
 LISTS = ("FAVORS", "CAUSAL_LINEARS", "FULL_LINEARS", "OTHER_LINEARS", "EXACTS", "SPARSES", "HYBRIDS", "TWINS")
 
@@ -202,7 +204,7 @@ def test_device(names: list[str], backend: str) -> int:
     except BuildError as error:
         print(f"nearfar: {error}", file=sys.stderr)
         return 1
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, PROCESSES)) as pool:
         codes = list(pool.map(lambda job: run_device(folder, *job), product(topics, contracts)))
     failed = sum(map(bool, codes))
     print(f"{codes.count(0)} passed, {failed} failed, 0 skipped")

@@ -250,6 +250,15 @@ def test_amd(arch: str, folder: Path) -> None:
         assert set(re.findall(r"VGPRs Spill: (\d+)", log)) == {"0"}, log
 
 
+def test_the_host_of_amd(folder: Path) -> None:
+    """The host's part, too: checks, launches, the runtime's calls."""
+    flags = [flag for flag in AMD_FLAGS if flag != "--cuda-device-only"]
+    flags += ["--cuda-host-only", "--offload-arch=gfx90a", "-I", ROOT / "tests" / "simt"]
+    run(clang(), *flags, folder / f"{MATRIX}.hip", "-o", folder / "out.s")
+    for called in ("hipGetDeviceProperties", "hipDeviceGetAttribute", "hipLaunchKernel"):
+        assert called in (folder / "out.s").read_text(encoding="utf-8")
+
+
 PROBE = """
 #include <string.h>
 #include "nearfar/core.h"
@@ -282,6 +291,38 @@ void *probe_address(void)
 }
 #endif
 """
+
+
+ALIAS = (
+    PROBE.split("#ifdef")[0]
+    + """
+NF_KERNEL(64, 1) probe(const uint16_t *in, uint16_t *one, uint16_t *out)
+{
+    uint16_t before[8], behind[8];
+    nf_load8(before, in + 8 * nf_thread());
+    *one = 1; /* which may be one of them */
+    nf_load8(behind, in + 8 * nf_thread());
+    for (int i = 0; i < 8; i++)
+        out[i] = (uint16_t)(before[i] + behind[i]);
+}
+void *probe_address(void);
+void *probe_address(void)
+{
+    return (void *)probe;
+}
+"""
+)
+
+
+def test_8_numbers_are_the_same_memory_as_each_of_them(tmp_path: Path) -> None:
+    """What is written one by one must be there when 16 bytes are read at once, whatever their type."""
+    source, out = tmp_path / "probe.cu", tmp_path / "out"
+    source.write_text(ALIAS, encoding="utf-8")
+    run(nvcc(), "-arch", "sm_80", "-I", ROOT / "include", "-ptx", source, "-o", out)
+    assert out.read_text(encoding="utf-8").count("ld.global.v4") == 2
+    flags = [*AMD_FLAGS, "--offload-arch=gfx90a", "-I", ROOT / "include", "-I", ROOT / "tests" / "simt"]
+    run(clang(), *flags, source, "-o", out)
+    assert len(re.findall("_load_dwordx4 v", out.read_text(encoding="utf-8"))) == 2
 
 
 def test_products_of_fragments_are_single_instructions_on_nvidia(tmp_path: Path) -> None:

@@ -398,29 +398,49 @@ static nf_status nf_check_state(const nf_plan *p)
 }
 
 /* The memory that a call reads and writes. */
+typedef struct nf_part {
+    const void *at;
+    size_t bytes;
+    int written;
+    size_t stride[3], steps[3]; /* a tensor's: bytes, count - 1 */
+} nf_part;
+
 typedef struct nf_memory {
     int count;
-    struct {
-        const void *at;
-        size_t bytes;
-        int written;
-    } part[20];
+    nf_part part[20];
 } nf_memory;
 
-static void nf_claim(nf_memory *m, const void *at, size_t bytes, int written)
+static nf_part *nf_claim(nf_memory *m, const void *at, size_t bytes, int written)
 {
-    m->part[m->count].at = at;
-    m->part[m->count].bytes = bytes;
-    m->part[m->count++].written = written;
+    const nf_part part = {at, bytes, written, {0}, {0}};
+    m->part[m->count] = part;
+    return &m->part[m->count++];
+}
+
+/* Are two tensors apart modulo a stride? Modulo p each lies in [at, at + width), width its bytes less the whole p in
+ * its steps: they are if a's width ends before b begins, and b's before a begins again. */
+static int nf_apart(const nf_part *a, const nf_part *b)
+{
+    for (int i = 0; i < 6 && a->stride[0] && b->stride[0]; i++) {
+        const size_t p = i < 3 ? a->stride[i] : b->stride[i - 3];
+        const size_t from = ((uintptr_t)b->at % p + p - (uintptr_t)a->at % p) % p;
+        size_t width = a->bytes, end = from + b->bytes;
+        for (int j = 0; j < 3; j++) {
+            width -= a->steps[j] * (a->stride[j] / p * p);
+            end -= b->steps[j] * (b->stride[j] / p * p);
+        }
+        if (width <= from && end <= p)
+            return 1;
+    }
+    return 0;
 }
 
 /* Does anything written meet anything else? */
 static int nf_meet(const nf_memory *m)
 {
-    for (int i = 0; i < m->count; i++)
-        for (int j = 0; j < i; j++)
-            if ((m->part[i].written || m->part[j].written) &&
-                nf_overlap(m->part[i].at, m->part[i].bytes, m->part[j].at, m->part[j].bytes))
+    for (const nf_part *a = m->part; a < m->part + m->count; a++)
+        for (const nf_part *b = m->part; b < a; b++)
+            if ((a->written || b->written) && nf_overlap(a->at, a->bytes, b->at, b->bytes) && !nf_apart(a, b))
                 return 1;
     return 0;
 }
@@ -435,7 +455,7 @@ static nf_status nf_claim_tensor(nf_memory *m, const nf_contract *c, int64_t dim
 {
     const int64_t width = nf_product(heads, dim), row = *token_stride ? *token_stride : width;
     int64_t count[3] = {heads, tokens, batch}, stride[3], extent = dim;
-    size_t bytes;
+    nf_part *part = nf_claim(m, data, 0, written);
     stride[0] = *head_stride && heads > 1 ? *head_stride : dim;
     stride[1] = tokens > 1 ? row : width;
     stride[2] = batch == 1 ? width : *batch_stride ? *batch_stride : nf_product(tokens, row);
@@ -444,12 +464,12 @@ static nf_status nf_claim_tensor(nf_memory *m, const nf_contract *c, int64_t dim
     if (width < 0 || stride[2] < 0)
         return NF_E_OVERFLOW;
     *head_stride = stride[0], *token_stride = stride[1], *batch_stride = stride[2];
-    for (int i = 0; i < 4; i++) /* smallest stride first */
-        if (stride[i % 2] > stride[i % 2 + 1]) {
-            const int64_t s = stride[i % 2], n = count[i % 2];
-            stride[i % 2] = stride[i % 2 + 1], count[i % 2] = count[i % 2 + 1];
-            stride[i % 2 + 1] = s, count[i % 2 + 1] = n;
-        }
+    for (int i = 0; i < 3; i++) { /* smallest stride first */
+        int64_t *s = stride + i % 2, *n = count + i % 2;
+        const int64_t low = s[1], few = n[1];
+        if (s[0] > low)
+            s[1] = s[0], n[1] = n[0], s[0] = low, n[0] = few;
+    }
     for (int i = 0; i < 3 && tokens > 0; i++) {
         const int64_t reach = nf_product(count[i] - 1, stride[i]);
         if (reach < 0 || nf_product(extent + reach, (int64_t)c->element) < 0)
@@ -457,14 +477,12 @@ static nf_status nf_claim_tensor(nf_memory *m, const nf_contract *c, int64_t dim
         if (stride[i] < dim || (written && count[i] > 1 && stride[i] < extent))
             return NF_E_STRIDE;
         extent += reach;
+        part->stride[i] = (size_t)stride[i] * c->element, part->steps[i] = (size_t)count[i] - 1;
     }
-    bytes = tokens > 0 ? (size_t)extent * c->element : 0;
-    if (bytes && !data)
+    part->bytes = tokens > 0 ? (size_t)extent * c->element : 0;
+    if (part->bytes && !data)
         return NF_E_NULL;
-    if (bytes && !nf_aligned(data, c->element))
-        return NF_E_ALIGN;
-    nf_claim(m, data, bytes, written);
-    return NF_OK;
+    return part->bytes && !nf_aligned(data, c->element) ? NF_E_ALIGN : NF_OK;
 }
 
 /* Claim the constants of a call: projections, borders and what only the operator has. */

@@ -48,8 +48,7 @@ extern "C" {
     X(NF_E_ALIGN, -11, "workspace, projection and state must be aligned to NF_ALIGN, tensors to their elements") \
     X(NF_E_WORKSPACE, -12, "the workspace is smaller than the workspace function asks for") \
     X(NF_E_OVERLAP, -13, \
-      "memory to be written overlaps other memory of the call (a tensor's reaches from its first element to its " \
-      "last)") \
+      "memory to be written overlaps other memory of the call, or its extent (tensors may, if apart modulo a stride)") \
     X(NF_E_PROJECTION, -14, "this is not a projection of this contract, or it was never initialised") \
     X(NF_E_STATE, -15, \
       "this state is of another contract, projection, scale, eps, decay, pattern or number of units, or was never " \

@@ -29,7 +29,9 @@ extern "C++" {
 #define NF_UNROLLED_BY(n) NF_PRAGMA(unroll n)
 #define NF_PRAGMA(text) _Pragma(#text)
 
-typedef float4 nf_float4;
+typedef struct __attribute__((aligned(16), may_alias)) nf_float4 { /* 16 bytes of anything */
+    float x, y, z, w;
+} nf_float4;
 
 NF_DEVICE nf_float4 nf_load4(const float *p)
 {
@@ -184,7 +186,8 @@ NF_DEVICE void nf_ldmatrix(uint32_t *r, const void *row)
 #if __CUDA_ARCH__ >= 750
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"((uint32_t)__cvta_generic_to_shared(row)));
+                 : "r"((uint32_t)__cvta_generic_to_shared(row))
+                 : "memory");
 #endif
 }
 
@@ -193,7 +196,8 @@ NF_DEVICE void nf_ldmatrix_transposed(uint32_t *r, const void *row)
 #if __CUDA_ARCH__ >= 750
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"((uint32_t)__cvta_generic_to_shared(row)));
+                 : "r"((uint32_t)__cvta_generic_to_shared(row))
+                 : "memory");
 #endif
 }
 
@@ -262,7 +266,7 @@ extern "C++" {
 #define NF_UNROLLED_BY(n) NF_PRAGMA(unroll n)
 #define NF_PRAGMA(text) _Pragma(#text)
 
-typedef struct __attribute__((aligned(16))) nf_float4 {
+typedef struct __attribute__((aligned(16), may_alias)) nf_float4 { /* 16 bytes of anything */
     float x, y, z, w;
 } nf_float4;
 
@@ -914,11 +918,15 @@ NF_UNUSED static int nf_device_is(const char *target, int fragments, nf_kernel k
     (void)target, (void)fragments;
     return cudaFuncGetAttributes(&a, (const void *)kernel) == cudaSuccess && a.ptxVersion >= 80;
 #else
+    static thread_local hipDeviceProp_t p; /* asked for once: every call wants to know */
+    static thread_local int known = -1;
     int device;
-    hipDeviceProp_t p;
     (void)fragments, (void)kernel;
-    return hipGetDevice(&device) == hipSuccess && hipGetDeviceProperties(&p, device) == hipSuccess &&
-           strncmp(p.gcnArchName, target, strlen(target)) == 0;
+    if (hipGetDevice(&device) != hipSuccess)
+        return 0;
+    if (device != known)
+        known = hipGetDeviceProperties(&p, device) == hipSuccess ? device : -1;
+    return device == known && strncmp(p.gcnArchName, target, strlen(target)) == 0;
 #endif
 }
 
