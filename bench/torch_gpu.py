@@ -1,5 +1,6 @@
 """Attention of PyTorch and of libraries on it, timed on the GPU: scaled_dot_product_attention by its flash and cuDNN
-kernels, FlexAttention for sparse's pattern (a window and four globals), flash-linear-attention's chunks.
+kernels, the flash kernel's own window, FlexAttention for sparse's pattern (a window and four globals),
+flash-linear-attention's chunks.
 
 `./nearfar bench --backend cuda` runs this by a Python that has torch, and reads its lines of JSON. What a version does
 not have, or refuses, is a line with the reason.
@@ -28,6 +29,14 @@ def sdpa(q: Any, k: Any, v: Any) -> Callable[[], Any]:
     return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+def window(q: Any, k: Any, v: Any) -> Callable[[], Any]:
+    """The flash kernel with a window, which scaled_dot_product_attention does not pass on."""
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # [batch, token, head, dim]
+    sides = {"window_size_left": WINDOW - 1, "window_size_right": 0}
+    forward, n = torch.ops.aten._flash_attention_forward, q.shape[1]
+    return lambda: forward(q, k, v, None, None, n, n, 0.0, False, False, **sides)
+
+
 def flex(q: Any, k: Any, v: Any) -> Callable[[], Any]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -50,6 +59,7 @@ def chunks(q: Any, k: Any, v: Any) -> Callable[[], Any]:
 WAYS: dict[str, tuple[str, Make, Within]] = {  # the operator, what makes a call, and within what it is timed
     "SDPA flash": ("exact", sdpa, lambda: sdpa_kernel([SDPBackend.FLASH_ATTENTION])),
     "SDPA cuDNN": ("exact", sdpa, lambda: sdpa_kernel([SDPBackend.CUDNN_ATTENTION])),
+    "flash window": ("sparse", window, nullcontext),
     "FlexAttention": ("sparse", flex, nullcontext),
     "fla chunk_linear_attn": ("linear", chunks, nullcontext),
 }

@@ -266,7 +266,8 @@ def goals(results: list[Line]) -> str:
 
 def goal(what: str, sign: str, limit: float, value: float | None) -> list[str]:
     met = value is not None and (value >= limit if sign == ">=" else value <= limit)
-    return [what, sign, f"{limit:g}", form(value, ".3g"), "" if met else "missed"]
+    spec = ".0f" if value and value >= 1000 else ".3g"
+    return [what, sign, f"{limit:g}", form(value, spec), "" if met else "open" if value is None else "missed"]
 
 
 def label(tokens: int) -> str:
@@ -323,6 +324,48 @@ def gpu_table(results: list[Line]) -> str:
     refused = [f"{r['by']}, {r['dtype']} d{r['d']} at {r['tokens']}: {r['reason']}" for r in results if "reason" in r]
     notes = ["TFLOP/s: GEMM flops at the longest length; % of the bf16 products and of the copy measured above"]
     return "\n".join([*parts, *notes, *refused]) + "\n"
+
+
+def gpu_goals(results: list[Line]) -> str:
+    """What the kernels aim at on one H200 in bf16, and what was measured; empty if nothing of it was."""
+    curves = gpu_curves(results)
+    ceilings = {r["what"]: r["value"] for r in of(results, "ceiling")}
+    decoded = of(results, "decode", contract="favor_cosh_bf16_d64_m128")
+    speed = of(results, "speed", contract="favor_cosh_bf16_d64_m128")
+    favor, hybrid, sparse, flash, window = (
+        curves.get(name, {})
+        for name in (
+            *("favor_cosh_bf16_d64_m128", "hybrid_cosh_bf16_d64_m128_b64", "sparse_bf16_d64_b64"),
+            *("SDPA flash, bf16 d64", "flash window, bf16 d64"),
+        )
+    )
+
+    def ratio(a: dict[int, float], b: dict[int, float], tokens: int = 0) -> float | None:
+        """At so many tokens, or at the most that both have."""
+        n = tokens or max(a.keys() & b.keys(), default=0)
+        return a[n] / b[n] if n in a and n in b else None
+
+    faster: float | None = None
+    if both := sorted(favor.keys() & flash.keys()):
+        slower = max((n for n in both if favor[n] >= flash[n]), default=0)
+        faster = next((n for n in both if n > slower), math.inf)
+    roofline = None
+    if speed and ceilings:
+        last = max(speed, key=lambda r: int(r["tokens"]))
+        bytes_ns = 4 * 64 * 2 / ceilings["copy, GB/s"]  # q, k, v and out of a token and head
+        roofline = last["ns_med"] / max(bytes_ns, last["ns_med"] * last["percent"] / 100)
+    rows = [
+        ("favor cosh d64 m128 faster than flash from, tokens", "<=", 2048, faster),
+        ("flash / favor at 16k tokens, time", ">=", 6, ratio(flash, favor, 16384)),
+        ("favor / roofline of the ceilings above, time", "<=", 2.5, roofline),
+        ("flash's own window of 512 / sparse d64, time", ">=", 0.8, ratio(window, sparse)),
+        ("hybrid / favor, time", "<=", 1.3, ratio(hybrid, favor)),
+        ("decode of favor, % of the copy", ">=", 80, decoded[0]["percent"] if decoded else None),
+    ]
+    if all(r[3] is None for r in rows):
+        return ""
+    head = ["goal on one H200, bf16", "", "", "measured", ""]
+    return "\n".join(["", *columns([head, *(goal(*r) for r in rows)])]) + "\n"
 
 
 def draw_gpu(results: list[Line], path: Path) -> list[Path]:

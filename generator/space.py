@@ -166,7 +166,8 @@ SPACE = {
         for backend in ("cuda", "hip")
     },
 }
-SEGMENT = 1024  # tokens of a segment, where an operator has a state
+# Tokens of a segment, where an operator has a state; the second with the first tile of its best targets alone.
+SEGMENTS = (1024, 256)
 
 
 def fault(variant: Variant, target: Target) -> str | None:
@@ -304,15 +305,17 @@ def space(contract: Contract, backend: str = "cpu") -> list[Variant]:
     if backend == "cpu" and contract.dtype not in OPERATORS[contract.operator].cpu:
         return found
     for target in filter(lambda t: t.runs(contract), TARGETS[backend]):
+        made: list[Variant] = []
+        segment = SEGMENTS[0] if contract.features and not target.registers else 0
         for tile, chunks in SPACE.get((contract.operator, backend), {}).get(target.name, {}).items():
             r, x = map(int, tile.split("x"))
             if contract.operator == "hybrid" and target.registers:  # chunk by chunk of a block: the fewest tokens first
                 chunks = tuple(sorted(chunks, key=lambda c: -(-contract.b // c) * c))
-            made = [
-                Variant(target.name, c, r, x, s=SEGMENT if contract.features and not target.registers else 0)
-                for c in chunks
-            ]
-            found += [v for v in made if not fault(v, target) and not misfit(contract, v, target)]
+            made += [Variant(target.name, c, r, x, s=segment) for c in chunks]
+        fitting = [v for v in made if not fault(v, target) and not misfit(contract, v, target)]
+        if segment and (target.lanes > 1 or not found):  # matrix units, or simt where there are none
+            fitting += [replace(v, s=SEGMENTS[1]) for v in fitting[:1]]
+        found += fitting
     if len(found) > MAX_TUNING:
         raise ValueError(f"{contract.name}: {len(found)} variants to tune, at most {MAX_TUNING} are allowed")
     return found

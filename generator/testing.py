@@ -147,7 +147,12 @@ def sum_up(log: Path) -> int:
 
 # The files tests/test_<topic>.c for any backend.
 TOPICS = ("accuracy", "bits", "layouts", "state", "pattern", "linear", "twins")
-SHAPES = ({"d": 64, "m": 128, "b": 64}, {"d": 48, "m": 96, "b": 48}, {"d": 8, "m": 8, "b": 16})
+SHAPES = (
+    {"d": 64, "m": 128, "b": 64},
+    {"d": 48, "m": 96, "b": 48},
+    {"d": 8, "m": 8, "b": 16},
+    {"d": 128, "m": 256, "b": 64},
+)
 INCLUDE = ("-I.", *(f"-I{ROOT / folder}" for folder in ("bench", "tests", "include", "include/nearfar", ".")))
 SECONDS = 240  # for one topic and contract
 PROCESSES = 8  # at once: each takes some hundred MB of the GPU's memory for its runtime

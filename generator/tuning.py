@@ -477,7 +477,7 @@ def bench_gpu(recipes: list[Recipe], lengths: list[int]) -> int:
         progress.step("measuring PyTorch's attention" if python else "no Python here has torch to compare with")
         if python:
             results += measure(python, [str(ROOT / "bench" / "torch_gpu.py"), *tokens, *heads[:2]], progress)
-    text, path = report.gpu_table(results), OUTPUT / f"bench_{backend}.jsonl"
+    text, path = report.gpu_table(results) + report.gpu_goals(results), OUTPUT / f"bench_{backend}.jsonl"
     write({path: "".join(json.dumps(r) + "\n" for r in results), OUTPUT / f"table_{backend}.txt": text})
     print(text)
     names(path, OUTPUT / f"table_{backend}.txt", *report.draw_gpu(results, OUTPUT / f"time_{backend}.png"))

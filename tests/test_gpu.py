@@ -368,11 +368,12 @@ def loops(kernel: str) -> list[list[str]]:
 
 
 # Products of a warp, once in the text. favor, a chunk: of keys, S and z, queries, the state's outputs, scores; then
-# those of rows and of w that bf16 does not hold. Its scores alone. exact: a tile of keys.
+# those of rows and of w that bf16 does not hold. Its scores alone. exact and sparse: a tile of keys.
 PRODUCTS = [
     ("favor_cosh_bf16_d64_m128", 32 + 72 + 32 + 72 + 25 + 32, 5000),
     ("favor_cosh_bf16_d64_m128", 25, 90),
-    ("exact_bf16_d64", 32 + 36, 1900),
+    ("exact_bf16_d64", 32 + 36, 1800),
+    ("sparse_bf16_d64_b64", 32 + 36, 2500),
 ]
 
 

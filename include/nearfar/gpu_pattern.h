@@ -241,45 +241,52 @@ NF_DEVICE int nf_key_is_global(const nf_pattern *p, int64_t at)
     return at < p->globals || (i < p->global_count && p->global_tokens[i] == at);
 }
 
+/* The chunk's first row of its query number q, cut off at its ends. */
+NF_DEVICE int nf_chunk_row(const nf_chunk *c, int64_t q)
+{
+    const int within = q < 0 ? 0 : q < c->queries ? (int)q : (int)c->queries;
+    return within * (int)c->heads - (int)c->skip;
+}
+
 /* Key k of a part: its position, and the rows from .. to that see it; query: of each row. In units of the step, a key
  * stands at t: ceil(t) is the first query at or behind it. Where t is whole the window shows it to [t, t + window), and
  * NF_FULL to as many before t. */
 NF_DEVICE int64_t nf_chunk_key(const nf_unit *u, const nf_chunk *c, const int64_t *query, int part, int64_t k,
-                               int64_t block, int64_t *from, int64_t *to)
+                               int64_t block, int *from, int *to)
 {
     const nf_pattern *const p = u->pattern;
-    const int64_t window = u->window, full = u->mask == NF_FULL, n = c->queries;
-    const int kind = part < NF_WINDOW ? part % NF_GLOBALS_AHEAD : part;
-    const int64_t at = kind == NF_WINDOW   ? c->first + k * c->step
-                       : kind == NF_LISTED ? p->global_tokens[k]
-                       : kind == NF_BLOCKS ? c->blocks[k / block] * block + k % block
-                                           : k;
-    const int64_t distance = at - c->first;
-    int64_t t = distance, inside = window > 0;
-    if (kind == NF_EVERY) {
+    const int64_t window = u->window;
+    const int full = u->mask == NF_FULL, kind = part % NF_GLOBALS_AHEAD;
+    int64_t at = k, t;
+    int inside = window > 0;
+    if (part == NF_WINDOW) {
+        *from = nf_chunk_row(c, full ? k - window + 1 : k);
+        *to = nf_chunk_row(c, k + window);
+        return c->first + k * c->step;
+    }
+    if (part == NF_EVERY) {
         for (*from = 0; !full && *from < c->rows && query[*from] + nf_first_position(u) < at;)
             ++*from;
-        *to = c->rows;
+        *to = (int)c->rows;
         return at;
     }
+    if (kind == NF_LISTED)
+        at = p->global_tokens[k];
+    if (kind == NF_BLOCKS)
+        at = c->blocks[k / block] * block + k % block;
     *from = *to = 0;
     if (kind == NF_BLOCKS && (at >= u->past + u->kv_tokens || nf_key_is_global(p, at)))
         return 0;
-    if (kind == NF_WINDOW) {
-        *from = k - (full ? window - 1 : 0);
-        *to = k + window;
-    } else {
-        if (c->step > 1) {
-            t = distance > 0 ? (distance + c->step - 1) / c->step : -(-distance / c->step);
-            inside = inside && distance % c->step == 0;
-        }
-        if (part >= NF_GLOBALS_AHEAD)
-            *to = inside ? t - window + 1 : 0;
-        else
-            *from = inside ? t + window : full ? 0 : t, *to = n;
+    t = at - c->first;
+    if (c->step > 1) {
+        const int64_t whole = t / c->step, rest = t - whole * c->step;
+        inside = inside && rest == 0;
+        t = whole + (rest > 0);
     }
-    *from = *from * c->heads - c->skip;
-    *to = *to * c->heads - c->skip;
+    if (part >= NF_GLOBALS_AHEAD)
+        *to = nf_chunk_row(c, inside ? t - window + 1 : 0);
+    else
+        *from = nf_chunk_row(c, inside ? t + window : full ? 0 : t), *to = nf_chunk_row(c, c->queries);
     return at;
 }
 

@@ -112,6 +112,25 @@ Test(faults, lanes)
     reports(lanes_kernel, "a warp operation that not all lanes reach", lanes_line);
 }
 
+LINE(vote, 5);
+static void vote_kernel(work w)
+{
+    int any = 0;
+    if (!w.broken || nf_thread() % 32 != 7)
+        any = nf_any(nf_thread() % 64 == 33);
+    w.out[HERE] = (float)any;
+}
+
+Test(faults, vote)
+{
+    reports(vote_kernel, "a warp operation that not all lanes reach", vote_line);
+    for (int warp = 32; warp <= 64; warp += 32) {
+        CHECK(!fault_of(vote_kernel, 0, warp, 0)[0], "%s", simt.fault);
+        for (int t = 0; t < WORDS; t++)
+            CHECK(output[t] == (t % 64 / warp == 33 / warp), "thread %d: %g", t, (double)output[t]);
+    }
+}
+
 static void lines_kernel(work w)
 {
     float x = w.in[HERE];
@@ -205,6 +224,35 @@ Test(faults, crooked)
 {
     reports(crooked_kernel, "load of 16 bytes", crooked_line);
     CHECK(strstr(simt.fault, "misaligned") != NULL, "%s", simt.fault);
+}
+
+LINE(crooked_store, 5);
+static void crooked_store_kernel(work w)
+{
+    const nf_float4 x = {1, 2, 3, 4};
+    if (nf_thread() < 32)
+        nf_store4((float *)nf_shared() + 4 * nf_thread() + w.broken, x);
+}
+
+Test(faults, crooked_store)
+{
+    reports(crooked_store_kernel, "store of 16 bytes", crooked_store_line);
+    CHECK(strstr(simt.fault, "misaligned") != NULL, "%s", simt.fault);
+}
+
+/* Of a matrix that is loaded every row begins at a multiple of 16 bytes. */
+LINE(crooked_row, 5);
+static void crooked_row_kernel(work w)
+{
+    uint32_t r[4];
+    const uint16_t *row = (const uint16_t *)nf_shared() + nf_thread() % 32 * 8 + (nf_thread() == 9) * w.broken;
+    nf_ldmatrix(r, row);
+}
+
+Test(faults, crooked_row)
+{
+    reports(crooked_row_kernel, "load of 16 bytes", crooked_row_line);
+    CHECK(strstr(simt.fault, "thread 9 ") && strstr(simt.fault, "misaligned"), "%s", simt.fault);
 }
 
 /* Shared memory starts as NaN, in every block. */
@@ -366,6 +414,33 @@ static void forgotten_kernel(work w)
 Test(faults, forgotten)
 {
     reports(forgotten_kernel, "an async copy that nobody waits for", forgotten_line);
+}
+
+/* From an odd place, and from behind the buffer. */
+LINE(crooked_copy, 4);
+static void crooked_copy_kernel(work w)
+{
+    if (HERE == 0) {
+        nf_copy_async(nf_shared(), w.in + w.broken, 16);
+        nf_copy_commit();
+        nf_copy_wait(0);
+    }
+}
+
+LINE(far_copy, 4);
+static void far_copy_kernel(work w)
+{
+    if (HERE == 0) {
+        nf_copy_async(nf_shared(), w.in + w.broken * (WORDS + 100000), 16);
+        nf_copy_commit();
+        nf_copy_wait(0);
+    }
+}
+
+Test(faults, copies_from_elsewhere)
+{
+    reports(crooked_copy_kernel, "misaligned", crooked_copy_line);
+    reports(far_copy_kernel, "outside every buffer", far_copy_line);
 }
 
 /* Another thread's copy may be read behind a barrier behind its wait. */
