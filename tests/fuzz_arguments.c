@@ -211,9 +211,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     a.mask = (int32_t)number(&r, 0);
     a.split_begin = number(&r, 0);
     a.split_count = number(&r, 0);
+    a.flags = take(&r);
+    a.flags = a.flags < 160 ? 0 : a.flags % 5;
     for (int i = 0; i < (backward ? TENSORS : DOUT); i++) {
         const int keys = i == K || i == V || i == DK || i == DV;
-        bytes[i] = tensor(&r, &x[i], a.batch, keys && a.kv_tokens ? a.kv_tokens : a.q_tokens,
+        bytes[i] = tensor(&r, &x[i], a.batch, keys && (a.kv_tokens || a.flags & NF_NO_KEYS) ? a.kv_tokens : a.q_tokens,
                           keys && a.kv_heads ? a.kv_heads : a.heads);
         nonsense |= bytes[i] <= NONSENSE;
         runs &= bytes[i] >= 0;
@@ -262,7 +264,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         for (int64_t h = 0; h < heads && r.size; h++)
             decay[h] = take(&r) & 3 ? -0.25f : odd_float(&r);
         a.decay = decay;
-        a.flags = take(&r) % 3;
     }
     workspace = buffer(&b, (wide)need, 0xa5);
     state_bytes = k->state_bytes(&a);

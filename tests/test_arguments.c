@@ -158,6 +158,8 @@ static const char *shape_fault(int which, victim *v, nf_status *expected)
     FAULT(NF_E_SCALE, a->scale = 3e38f)
     FAULT(NF_E_MASK, a->mask = 2)
     FAULT(NF_E_MASK, a->mask = -1)
+    FAULT(NF_E_VALUE, a->flags = 4)
+    FAULT(NF_E_VALUE, a->flags = 0x80000001u)
     FAULT(NF_E_SPLIT, a->split_begin = -1)
     FAULT(NF_E_SPLIT, a->split_begin = 5)
     FAULT(NF_E_SPLIT, a->split_count = -1)
@@ -481,8 +483,6 @@ static const char *decay_fault(int which, victim *v, nf_status *expected)
     nf_args *a = &v->a;
     float *decay = (float *)(void *)v->c.decay.data;
     FAULT(NF_OK, a->flags = NF_UNNORMALISED)
-    FAULT(NF_E_VALUE, a->flags = 2)
-    FAULT(NF_E_VALUE, a->flags = 0x80000001u)
     if (a->mask == NF_FULL) { /* softmaxqk */
         FAULT(NF_E_MASK, a->mask = NF_CAUSAL)
         FAULT(NF_E_DECAY, a->decay = (const float *)(const void *)v->lists.data)
@@ -535,6 +535,71 @@ TEST_LIST(decode_faults, CAUSALS)
         }
         if (k->features)
             provoke(k, w.decode, NULL, w.name, projection_fault, 1);
+    }
+}
+
+/* Queries that see a state alone. */
+static const char *no_keys_fault(int which, victim *v, nf_status *expected)
+{
+    nf_args *a = &v->a;
+    const float *decay = a->decay;
+    a->flags = NF_NO_KEYS;
+    a->k.data = a->v.data = NULL;
+    a->decay = NULL;
+    if (v->c.k->state_reset(a) != NF_OK)
+        abort();
+    FAULT(NF_OK, (void)0)
+    FAULT(NF_OK, a->mask = NF_CAUSAL)
+    FAULT(NF_OK, a->mask = NF_FULL)
+    FAULT(NF_OK, (a->q_tokens = 0, a->q.data = NULL, a->out.data = NULL))
+    FAULT(NF_OK, a->k.data = v->c.out.data) /* not looked at */
+    FAULT(NF_E_MASK, a->mask = 2)
+    FAULT(NF_E_TOKENS, a->kv_tokens = 1)
+    FAULT(NF_E_TOKENS, a->kv_tokens = a->q_tokens)
+    FAULT(NF_E_SIZE, a->kv_tokens = -1)
+    FAULT(NF_E_VALUE, a->flags |= 4)
+    FAULT(NF_E_NULL, a->state = NULL)
+    FAULT(NF_E_NULL, a->q.data = NULL)
+    FAULT(NF_E_PACKED, (a->cu_tokens = v->cu, a->sequences = 3))
+    FAULT(NF_E_STATE, a->scale = 0.5f)
+    FAULT(NF_E_STATE, a->batch = 1)
+    FAULT(NF_E_OVERLAP, a->out.data = v->c.state.data)
+    FAULT(NF_E_OVERLAP, a->lse = (float *)(void *)(v->c.state.data + v->c.state.bytes - 4))
+    FAULT(NF_E_OVERLAP, v->workspace = v->c.state.data)
+    if (decay) {
+        FAULT(NF_E_DECAY, a->decay = decay)
+        FAULT(NF_E_DECAY, (a->decay = decay, a->mask = NF_FULL))
+    }
+    if (strstr(v->c.k->name, "favor_exp_")) {
+        FAULT(NF_E_EPS, a->eps = 1e-4f)
+        FAULT(NF_E_EPS, (a->eps = 1e-4f, a->mask = NF_FULL))
+    }
+    return NULL;
+}
+
+/* Where there is no such call. */
+static const char *needs_keys_fault(int which, victim *v, nf_status *expected)
+{
+    nf_args *a = &v->a;
+    a->decay = NULL;
+    FAULT(NF_E_VALUE, a->flags = NF_NO_KEYS)
+    FAULT(NF_E_VALUE, (a->flags = NF_NO_KEYS | NF_UNNORMALISED, a->k.data = a->v.data = NULL))
+    FAULT(NF_E_VALUE, (a->flags = NF_NO_KEYS, a->state = NULL))
+    return NULL;
+}
+
+TEST_EACH(no_keys)
+{
+    EACH_WAY(k, w)
+    {
+        if (k->far && !k->block) {
+            provoke(k, w.forward, NULL, w.name, no_keys_fault, 1);
+            provoke(k, w.decode, NULL, w.name, no_keys_fault, 1);
+        } else {
+            provoke(k, w.forward, NULL, w.name, needs_keys_fault, stateful(k));
+            provoke(k, w.decode, NULL, w.name, needs_keys_fault, stateful(k));
+        }
+        provoke(k, NULL, w.backward, w.name, needs_keys_fault, 0);
     }
 }
 

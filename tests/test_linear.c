@@ -362,6 +362,32 @@ TEST_LIST(steps, ALL_LINEARS)
     }
 }
 
+/* Keys first, then queries that see the state alone; and queries that have nothing to see. */
+TEST_LIST(queries_alone, ALL_LINEARS)
+{
+    const int64_t n = 75;
+    EACH_WAY(k, w)
+    {
+        for (int i = 0; i < 4; i++) {
+            problem p = problem_make(k, n, 1, i % 2 ? NF_UNNORMALISED : 0, 3);
+            nf_args a = p.a, keys = p.a;
+            p.state = block_make(k->state_bytes(&a), 0);
+            a.state = keys.state = p.state.data;
+            CHECK(k->state_reset(&a) == NF_OK, "reset");
+            keys.q_tokens = 0, keys.kv_tokens = n;
+            a.flags |= NF_NO_KEYS, a.k.data = a.v.data = NULL;
+            CHECK((i / 2 ? w.decode : w.forward)(&a, p.workspace.data, p.bytes) == NF_OK, "%s", w.name);
+            tensor_read(&p.out);
+            for (int64_t at = 0; at < p.out.count; at++)
+                CHECK(p.out.value[at] == 0 && p.lse[at / p.values] == 0, "%s: number %d of nothing", w.name, (int)at);
+            CHECK(w.forward(&keys, p.workspace.data, p.bytes) == NF_OK, "%s", w.name);
+            CHECK((i / 2 ? w.decode : w.forward)(&a, p.workspace.data, p.bytes) == NF_OK, "%s", w.name);
+            problem_check(&p, w.name);
+            problem_free(&p);
+        }
+    }
+}
+
 /* ---- decay
  * ----------------------------------------------------------------------------------------------------------- */
 

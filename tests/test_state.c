@@ -3,6 +3,9 @@
 #include "check.h"
 #include "patterns.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #define LONG (QUICK ? 90 : 300)
 
 /* Run tokens [from, to) of every sequence through the kernel, into their rows of out and lse. */
@@ -327,6 +330,114 @@ TEST_LIST(full_with_state, UNORDERED)
             CHECK(w.forward(&rest, c.workspace.data, c.bytes) == NF_OK, "%s", w.name);
         }
         CHECK(call_error(&c, 0) <= tolerance(10), "%s: error %.3g", w.name, call_error(&c, 0));
+    }
+    call_free(&c);
+}
+
+/* The call without its keys and values: over a state alone. */
+static nf_args alone(nf_args a)
+{
+    a.flags |= NF_NO_KEYS;
+    a.kv_tokens = 0;
+    a.k.data = a.v.data = NULL;
+    return a;
+}
+
+/* Whole pages, to be read only or written again. */
+static void protect(void *at, size_t bytes, int how)
+{
+#if defined(DEVICE) /* brings back what it has read, too */
+    (void)at, (void)bytes, (void)how;
+#else
+    CHECK(mprotect(at, bytes, how) == 0, "mprotect");
+#endif
+}
+
+/* Queries after a state: by forward the bits of a forward that had its keys too, by decode its rows; under either mask,
+ * in any split. The state is only read: it may lie where nobody can write. */
+static void check_alone(call *c, way w)
+{
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    size_t pages;
+    block out = block_make(c->out.bytes, 0), lse = block_make(c->lse.bytes, 0);
+    void *kept = NULL;
+    nf_args a;
+    call_state(c);
+    CHECK(call_run(c, w.forward) == NF_OK, "%s", w.name);
+    memcpy(out.data, c->out.data, out.bytes), memcpy(lse.data, c->lse.data, lse.bytes);
+    pages = (c->state.bytes + page - 1) / page * page;
+    CHECK(posix_memalign(&kept, page, pages) == 0, "memory");
+    memcpy(kept, c->state.data, c->state.bytes);
+    simt_memory(kept, c->state.bytes);
+    protect(kept, pages, PROT_READ);
+    a = alone(c->a);
+    a.state = kept;
+    for (int full = 0; full < 2; full++) {
+        a.mask = full ? NF_FULL : NF_CAUSAL;
+        call_blank(c);
+        for (a.split_begin = 1; a.split_begin >= 0; a.split_begin--) {
+            a.split_count = a.split_begin ? 0 : 1;
+            CHECK(w.forward(&a, c->workspace.data, c->bytes) == NF_OK, "%s", w.name);
+        }
+        a.split_begin = a.split_count = 0;
+        CHECK(memcmp(out.data, c->out.data, out.bytes) == 0 && memcmp(lse.data, c->lse.data, lse.bytes) == 0,
+              "%s: not the bits of a forward with the keys", w.name);
+        call_blank(c);
+        CHECK(w.decode(&a, c->workspace.data, c->bytes) == NF_OK, "%s", w.name);
+        CHECK(c->a.flags || call_error(c, 0) <= tolerance(10), "%s decode: error %.3g", w.name, call_error(c, 0));
+        CHECK(memcmp(kept, c->state.data, c->state.bytes) == 0, "%s: the state has changed", w.name);
+    }
+    CHECK(call_intact(c), "%s: wrote beside its rows", w.name);
+    protect(kept, pages, PROT_READ | PROT_WRITE);
+    simt_forget(kept);
+    free(kept);
+    block_free(&out), block_free(&lse);
+}
+
+TEST_LIST(queries_alone, UNORDERED)
+{
+    static const int32_t borders[] = {0, 9, 9, 64, 65, 100};
+    shape s;
+    for (int i = 0, more = 1; more; i++) {
+        call c;
+        more = layout_at(k, i, &s);
+        if (!more)
+            s = (shape){.heads = 4, .kv_heads = 2, .q_tokens = 100, .norm = 5, .cu_tokens = borders, .sequences = 5};
+        s.full = 1;
+        c = call_make(k, s);
+        call_reference(&c, 0);
+        EACH_WAY(k, w)
+        {
+            for (c.a.flags = 0; c.a.flags <= (k->map ? NF_UNNORMALISED : 0); c.a.flags++) {
+                check_alone(&c, w);
+                CHECK(c.a.flags || call_error(&c, 0) <= tolerance(10), "%s layout %d: error %.3g", w.name, i,
+                      call_error(&c, 0));
+            }
+        }
+        call_free(&c);
+    }
+}
+
+/* Nothing to attend to: rows of 0, lse -inf (linear: the sum, 0). */
+TEST_LIST(queries_of_nothing, UNORDERED)
+{
+    const shape s = {.heads = 4, .kv_heads = 2, .q_tokens = 41, .full = 1, .norm = 5};
+    call c = call_make(k, s);
+    EACH_WAY(k, w)
+    {
+        for (int decode = 0; decode < 2; decode++) {
+            nf_args a;
+            call_state(&c);
+            call_blank(&c);
+            a = alone(c.a);
+            CHECK((decode ? w.decode : w.forward)(&a, c.workspace.data, c.bytes) == NF_OK, "%s", w.name);
+            for (int64_t i = 0; i < s.heads * s.q_tokens; i++) {
+                CHECK(c.a.lse[i] == (k->map ? 0 : -INFINITY), "%s: lse %d is %g", w.name, (int)i, (double)c.a.lse[i]);
+                for (int d = 0; d < k->dim; d++)
+                    CHECK(row_at(out_tensor(&c.a), 0, i % s.q_tokens, i / s.q_tokens)[d] == 0, "%s: row %d", w.name,
+                          (int)i);
+            }
+        }
     }
     call_free(&c);
 }

@@ -492,6 +492,42 @@ TEST_TWINS(merged)
     stage_free(&g);
 }
 
+/* Queries that see a state alone: the bits of a forward that had its keys, too; by decode its rows. */
+TEST_TWINS(queries_alone)
+{
+    stage g;
+    char *kept;
+    size_t bytes;
+    if (p->k.block || !p->k.state_merge)
+        return;
+    g = stage_make(
+        p, (scene){.heads = 4, .kv_heads = 2, .q_tokens = 70, .kv_tokens = 150, .full = 1, .odd = 1, .norm = 3});
+    bytes = (size_t)(70 * 4 * (p->values + gap(&g.s)) * p->element);
+    kept = (char *)memory(bytes);
+    EACH_WAY(&p->k, w)
+    {
+        const way t = twin_way(p, &w);
+        nf_args a = stage_args(&g);
+        run_twin(&g, &t, 0, 0);
+        run_twin(&g, &t, 0, 1);
+        g.state = g.state ? g.state : memory(p->k.state_bytes(&a));
+        a.state = g.state;
+        CHECK(p->k.state_reset(&a) == NF_OK, "reset");
+        CHECK(w.forward(&a, g.workspace, g.bytes) == NF_OK, "%s", w.name);
+        memcpy(kept, g.out, bytes);
+        a.flags = NF_NO_KEYS, a.kv_tokens = 0, a.k.data = a.v.data = NULL;
+        memset(g.out, 0xff, bytes);
+        CHECK(w.forward(&a, g.workspace, g.bytes) == NF_OK, "%s", w.name);
+        CHECK(memcmp(kept, g.out, bytes) == 0, "%s: not the bits of a forward with the keys", w.name);
+        memset(g.out, 0xff, bytes);
+        CHECK(w.decode(&a, g.workspace, g.bytes) == NF_OK, "%s", w.name);
+        CHECK(distance(&g, 0) <= ROUNDINGS * distance(&g, 1) + 1e-5, "%s: error %.2e, rounding the inputs costs %.2e",
+              w.name, distance(&g, 0), distance(&g, 1));
+    }
+    release(kept);
+    stage_free(&g);
+}
+
 /* Sequences behind one another, empty ones among them. */
 TEST_TWINS(packed)
 {

@@ -280,12 +280,21 @@ static nf_status nf_check_shape(const nf_contract *c, const nf_args *args, nf_pl
         return NF_E_SIZE;
     if (a->kv_heads == 0)
         a->kv_heads = a->heads;
-    if (a->kv_tokens == 0)
-        a->kv_tokens = a->q_tokens;
     if (a->heads % a->kv_heads != 0)
         return NF_E_HEADS;
+    if (a->flags & ~(NF_UNNORMALISED | NF_NO_KEYS))
+        return NF_E_VALUE;
     if (a->mask != NF_CAUSAL && a->mask != NF_FULL)
         return NF_E_MASK;
+    if (a->flags & NF_NO_KEYS) {
+        if (!c->features || c->block)
+            return NF_E_VALUE;
+        if (a->kv_tokens)
+            return NF_E_TOKENS;
+        a->mask = NF_FULL;
+    } else if (a->kv_tokens == 0) {
+        a->kv_tokens = a->q_tokens;
+    }
     if (a->mask == NF_CAUSAL && c->full_only)
         return NF_E_MASK;
     if (a->mask == NF_CAUSAL && a->kv_tokens < a->q_tokens)
@@ -300,7 +309,7 @@ static nf_status nf_check_shape(const nf_contract *c, const nf_args *args, nf_pl
     if (a->cu_tokens) {
         if (!nf_aligned(a->cu_tokens, sizeof(int32_t)))
             return NF_E_ALIGN;
-        if (a->sequences < 1 || a->batch != 1 || a->kv_tokens != a->q_tokens)
+        if (a->sequences < 1 || a->batch != 1 || (a->kv_tokens && a->kv_tokens != a->q_tokens))
             return NF_E_PACKED;
         if (!c->device && (a->cu_tokens[0] != 0 || a->cu_tokens[a->sequences] != a->q_tokens))
             return NF_E_PACKED;
@@ -519,10 +528,14 @@ NF_UNUSED static nf_status nf_check(const nf_contract *c, const nf_args *args, v
     const int stateful = c->features || c->block;
     nf_status status = nf_check_shape(c, args, p);
     nf_args *a = &p->args;
+    const int alone = (a->flags & NF_NO_KEYS) != 0; /* a decode then takes in nothing, and needs no causal mask */
     nf_memory m;
     m.count = 0;
     if (status != NF_OK)
         return status;
+    if (alone && !a->state)
+        return NF_E_NULL;
+    decode = decode && !alone;
     if (decode && a->mask != NF_CAUSAL)
         return NF_E_MASK;
     if (decode && c->features && !a->state)
@@ -536,7 +549,7 @@ NF_UNUSED static nf_status nf_check(const nf_contract *c, const nf_args *args, v
     if (!nf_aligned(a->lse, sizeof(float)))
         return NF_E_ALIGN;
     nf_claim(&m, a->lse, (size_t)(a->batch * a->heads * a->q_tokens) * sizeof(float), 1);
-    nf_claim(&m, a->state, p->state_bytes, 1);
+    nf_claim(&m, a->state, p->state_bytes, !alone);
     return nf_meet(&m) ? NF_E_OVERLAP : NF_OK;
 }
 
@@ -550,6 +563,8 @@ NF_UNUSED static nf_status nf_check_backward(const nf_contract *c, const nf_args
     nf_grads *g = grads;
     nf_memory m;
     m.count = 0;
+    if (status == NF_OK && a->flags & NF_NO_KEYS)
+        status = NF_E_VALUE;
     if (status == NF_OK && a->state)
         status = NF_E_STATE;
     if (status == NF_OK && a->eps > 0 && c->eps == NF_EPS_FULL)
@@ -593,7 +608,7 @@ NF_BOTH nf_unit nf_unit_at(const nf_contract *c, const nf_plan *p, int64_t unit,
     nf_unit u;
     __builtin_memset(&u, 0, sizeof u);
     u.q_tokens = a->cu_tokens ? a->cu_tokens[entry + 1] - first : a->q_tokens;
-    u.kv_tokens = a->cu_tokens ? u.q_tokens : a->kv_tokens;
+    u.kv_tokens = a->cu_tokens && a->kv_tokens ? u.q_tokens : a->kv_tokens;
     u.q_stride = a->q.token_stride, u.k_stride = a->k.token_stride;
     u.v_stride = a->v.token_stride, u.out_stride = a->out.token_stride;
     u.q_head = a->q.head_stride, u.out_head = a->out.head_stride, u.lse_head = a->q_tokens;

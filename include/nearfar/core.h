@@ -32,7 +32,9 @@ extern "C" {
       "state, lse)") \
     X(NF_E_SIZE, -2, "batch and heads (and a sample's tokens) must be at least 1, and no size negative") \
     X(NF_E_HEADS, -3, "heads must be a multiple of kv_heads") \
-    X(NF_E_TOKENS, -4, "causal and decode need kv_tokens >= q_tokens; decode with a state needs kv_tokens = q_tokens") \
+    X(NF_E_TOKENS, -4, \
+      "causal and decode need kv_tokens >= q_tokens; decode with a state needs kv_tokens = q_tokens; NF_NO_KEYS " \
+      "needs 0") \
     X(NF_E_OVERFLOW, -5, "a product of sizes and strides exceeds the address range") \
     X(NF_E_STRIDE, -6, \
       "a stride is negative, below a row (the head dim; of v and out the value dim) or a projection, or lets rows of " \
@@ -54,14 +56,15 @@ extern "C" {
     X(NF_E_PATTERN, -16, \
       "the pattern is empty, or has what this call does not take: lists with a state; dilation or blocks in hybrid") \
     X(NF_E_VALUE, -17, \
-      "a matrix, sample or far_gain is not finite or too large, tau is not in [0.001, 1], or a flag is unknown") \
+      "a matrix, sample or far_gain is not finite or too large, tau is not in [0.001, 1], or a flag is unknown or " \
+      "not for this call") \
     X(NF_E_UNSUPPORTED, -18, "this processor or device lacks what the variant needs") \
     X(NF_E_WINDOW, -19, "window must be from 0 to 2^40, every dilation from 1 to 2^20") \
     X(NF_E_GLOBALS, -20, "globals must not be negative, global_tokens must rise strictly within the keys") \
     X(NF_E_BLOCKS, -21, \
       "block must be the contract's, offsets rise from 0 to block_count over all queries, blocks rise within the " \
       "keys") \
-    X(NF_E_DECAY, -22, "every decay must be finite and not above 0, and decay needs the causal mask") \
+    X(NF_E_DECAY, -22, "every decay must be finite and not above 0, and decay needs the causal mask and keys") \
     X(NF_E_EPS, -23, \
       "eps must be 0, or from 1e-9 to 1 with an uncalibrated projection: of relu, or of exp with NF_FULL, without a " \
       "state, in a forward") \
@@ -110,7 +113,7 @@ typedef struct nf_args {
     int64_t heads;     /* query heads, at least 1 */
     int64_t kv_heads;  /* key and value heads, a divisor of heads; 0 = heads */
     int64_t q_tokens;  /* queries per sequence; packed: all tokens together */
-    int64_t kv_tokens; /* keys per sequence; 0 = q_tokens */
+    int64_t kv_tokens; /* keys per sequence; 0 = q_tokens, with NF_NO_KEYS none */
     nf_input q, k, v;
     nf_output out;            /* overlaps no other memory of the call */
     float *lse;               /* [batch, heads, q_tokens] natural log of the kernel sum (linear: the sum), or NULL */
@@ -127,11 +130,15 @@ typedef struct nf_args {
     void *stream;        /* GPU stream; ignored on a CPU */
     const float *decay;  /* linear, causal: [kv_heads] natural log of what a token's distance of 1 leaves of its
                             weight, at most 0; NULL: 0 for all */
-    uint32_t flags;      /* linear: NF_UNNORMALISED */
+    uint32_t flags;      /* NF_UNNORMALISED, NF_NO_KEYS */
     float eps;           /* added to features: of favor_relu, 0 = 1e-3; of favor_exp, 0 = not; others take 0 */
 } nf_args;
 
-#define NF_UNNORMALISED 1u /* out_i = sum_j A_ij v_j, not divided by sum_j A_ij */
+#define NF_UNNORMALISED 1u /* linear: out_i = sum_j A_ij v_j, not divided by sum_j A_ij */
+/* Queries alone, in a forward or decode of favor and linear: kv_tokens is 0 and means none, k and v are not read, and
+ * under either mask every query sees all that the state holds, which is only read. With keys NF_E_TOKENS, without a
+ * state NF_E_NULL, with decay NF_E_DECAY, of other operators and in a backward NF_E_VALUE. */
+#define NF_NO_KEYS 2u
 
 /* What the backward of a forward call takes and gives. Tensors [batch, token, head, dim] as in nf_args; lse and dlse
  * [batch, heads, q_tokens]. Written are dq, dk and dv, all of them, and nothing is added to what they held. */

@@ -18,12 +18,9 @@ NF_BOTH double nf_exp(double x)
     return sum * power;
 }
 
-/* The decays, and the flags beside them. */
 NF_UNUSED static nf_status nf_check_decay(nf_plan *p)
 {
     const nf_args *a = &p->args;
-    if (a->flags & ~NF_UNNORMALISED)
-        return NF_E_VALUE;
     if (!nf_aligned(a->decay, sizeof(float)))
         return NF_E_ALIGN;
     if (a->decay && a->mask != NF_CAUSAL)

@@ -106,11 +106,11 @@ NF_DEVICE nf_segment nf_segment_of(const nf_work *w, const nf_unit *u)
         s.to = last ? state : none;
         s.nothing = begin >= u->kv_tokens;
     } else {
-        s.keys = s.key;
+        s.key = s.keys = 0;
         s.row = begin;
         s.rows = begin + w->length < u->q_tokens ? begin + w->length : u->q_tokens;
-        s.from = nf_far_before(nf_slot_of_round(w, w->round), &w->contract);
-        s.to = index == 0 ? state : none;
+        s.from = u->kv_tokens ? nf_far_before(nf_slot_of_round(w, w->round), &w->contract) : state;
+        s.to = u->kv_tokens && index == 0 ? state : none;
         s.nothing = begin >= u->q_tokens && index > 0;
     }
     return s;
@@ -301,7 +301,7 @@ NF_UNUSED static nf_status nf_launch_segments(nf_kernel kernel, nf_work *w, int 
     w->count = 1;
     w->length = (int64_t)1 << 48; /* more than there are */
     w->part = NF_WHOLE;
-    if (count < 2 || segments < 2) /* its blocks count the tokens */
+    if (!(a->flags & NF_NO_KEYS) && (count < 2 || segments < 2)) /* its blocks count the tokens */
         return nf_launch(kernel, w, units, 1, threads, shared);
     w->count = count;
     w->length = length;
@@ -320,7 +320,7 @@ NF_UNUSED static nf_status nf_launch_segments(nf_kernel kernel, nf_work *w, int 
             const int64_t left = (a->q_tokens + length - 1) / length - w->first;
             status = nf_launch(kernel, w, units, left > 0xffff ? 0xffff : left > 1 ? left : 1, threads, shared);
         }
-    return status == NF_OK && a->state && !block ? nf_launch(nf_count, w, units, 1, 32, 0) : status;
+    return status == NF_OK && a->state && a->kv_tokens && !block ? nf_launch(nf_count, w, units, 1, 32, 0) : status;
 }
 
 /* Check, then launch. */

@@ -31,7 +31,7 @@ NF_UNUSED static void nf_run(const nf_plan *p, nf_unit_fn run, void *workspace)
         nf_grads grads;
         const nf_unit u = nf_unit_at(p->contract, p, unit, &grads);
         run(&u, workspace);
-        if (u.state)
+        if (u.state && u.kv_tokens)
             u.state->tokens += u.kv_tokens;
     }
     nf_flush(0, mode);
