@@ -320,7 +320,7 @@ def test_wrong_usage_of_the_commands(tmp_path: Path) -> None:
 
 def test_a_pack_tunes_without_python(tmp_path: Path) -> None:
     folder = tmp_path / "pack"
-    contracts = ["exact_f32_d8", "favor_cosh_f32_d8_m8", "sparse_f32_d8_b16"]
+    contracts = ["exact_f32_d8", "favor_cosh_f32_d8_m8"]
     assert nearfar("pack", *contracts, "-o", str(folder)).returncode == 0
     sources = [path.name for path in folder.glob("*.c")]
     done = subprocess.run(
