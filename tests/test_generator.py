@@ -165,6 +165,8 @@ def test_space_and_defaults() -> None:
         amx = contract.operator == "favor" and contract.dtype == "bf16" and contract.map in ("cosh", "exp")
         assert [v.target for v in shipped] == ["amx"] * amx + ["avx512", "avx2", "neon", "c"]
         assert set(shipped) <= set(found)
+    for block, chunk in ((16, 32), (32, 32), (48, 64), (64, 64), (96, 32), (128, 64)):  # no more padding than need be
+        assert default(parse(f"hybrid_cosh_f32_d64_m128_b{block}"))[0].c == chunk
     for variant in space.space(FAVOR):
         assert parse_variant(variant.suffix) == variant
     for (operator, backend), table in space.SPACE.items():

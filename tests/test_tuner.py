@@ -340,7 +340,10 @@ def test_a_pack_tunes_without_python(tmp_path: Path) -> None:
     assert nearfar("generate", "exact_f32_d8", "--tuned", str(folder / "r.jsonl"), "-o", str(tmp_path)).returncode == 0
 
 
-@pytest.mark.parametrize("contract", ["exact_f32_d8", "favor_exp_f32_d8_m8", "linear_elu_f32_d8", "sparse_f32_d8_b16"])
+@pytest.mark.parametrize(
+    "contract",
+    ["exact_f32_d8", "favor_exp_f32_d8_m8", "linear_elu_f32_d8", "linear_softmaxqk_f32_d8", "sparse_f32_d8_b16"],
+)
 @pytest.mark.parametrize("program", ["tune", "bench"])
 def test_every_operator_alone_makes_a_program(program: str, contract: str, tmp_path: Path) -> None:
     """What a header leaves to others is not missed by the programs around it."""

@@ -38,7 +38,7 @@ typedef struct nf_contract {
     size_t workspace;      /* bytes, enough for every variant of the kernel */
     size_t projection;     /* bytes of one projection; 0: takes none */
     float default_scale;   /* 1/sqrt(D), or 1 */
-    int decays, full_only; /* takes decay and flags; takes no causal mask */
+    int decays, full_only; /* takes decay and NF_UNNORMALISED; no causal mask */
     int32_t eps;           /* NF_EPS_... */
     int device; /* projection, state, decay and cu_tokens lie in a GPU's memory: its kernels look at them, the host
                    cannot */
