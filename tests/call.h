@@ -177,6 +177,12 @@ static inline int estimates(const kernel *k)
     return k->features && map_of(k) != ORACLE_RELU;
 }
 
+/* NF_OPTIMAL_FEATURES where the kernel has them, for tests that calibrate. */
+static inline uint32_t optimal(const kernel *k)
+{
+    return estimates(k) && map_of(k) != ORACLE_TRIG ? NF_OPTIMAL_FEATURES : 0;
+}
+
 static inline int stateful(const kernel *k)
 {
     return k->far || k->block;

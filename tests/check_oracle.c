@@ -157,7 +157,7 @@ static void inputs(oracle_kind kind, double norm, int positive)
             all[t][i] = (float)rint((double)all[t][i] * 65536) / 65536;
     for (int i = 0; i < TOKENS * D && positive; i++)
         q[i] = fabsf(q[i]) + 0.0625f, k[i] = fabsf(k[i]) + 0.0625f;
-    calibration = oracle_calibrate(q, QUERIES, 0, k, TOKENS, 0, D, 0, 0, 0);
+    calibration = oracle_calibrate(q, QUERIES, 0, k, TOKENS, 0, D, 0, ORACLE_OPTIMAL);
 }
 
 int main(void)

@@ -41,7 +41,7 @@ typedef enum oracle_map {
 
 /* What a calibration derives from a sample of one head, in the units of the arrays (not of x'). */
 typedef struct oracle_calibration {
-    double tau;
+    double tau, widening;                  /* s^2: see oracle_row_weight; 0: rows as they are */
     double *q_mean, *k_mean, *psi, *k_var; /* [dim] each */
 } oracle_calibration;
 
@@ -249,6 +249,17 @@ ORACLE_FN void oracle_point_features(const oracle_head *h, const float *row, int
     free(p.x);
 }
 
+/* Optimal positive features: rows are s times as long as normal vectors, and a key's features have the ratio of the
+ * densities at w, s^dim e^(-|w|^2 / 2) / e^(-|w|^2 / 2 s^2); its logarithm, of base 2 in multiples of 2^-10. */
+ORACLE_FN double oracle_row_weight(const oracle_head *h, int r)
+{
+    const double square = h->calibration->widening;
+    double norm = 0;
+    for (int d = 0; d < h->dim; d++)
+        norm += pow((double)h->w[r * h->dim + d], 2);
+    return floor((h->dim * log(square) - norm + norm / square) / 2 / log(2) * 1024 + 0.5) / 1024 * log(2);
+}
+
 /* The log features of query i, and of key j. */
 ORACLE_FN void oracle_query_features(const oracle_head *h, int64_t i, double *l)
 {
@@ -258,6 +269,8 @@ ORACLE_FN void oracle_query_features(const oracle_head *h, int64_t i, double *l)
 ORACLE_FN void oracle_key_features(const oracle_head *h, int64_t j, double *l)
 {
     oracle_point_features(h, oracle_row(h->k, h->k_stride, h->dim, j), 0, l);
+    for (int r = 0; h->calibration && h->calibration->widening > 0 && r < oracle_m(h); r++)
+        l[r] += oracle_row_weight(h, r % h->rows);
 }
 
 /* ---- attention, pair by pair ----------------------------------------------------------------------------------- */
@@ -783,11 +796,33 @@ ORACLE_FN void oracle_moments(const float *x, int64_t tokens, int64_t stride, in
     }
 }
 
+enum { ORACLE_KEEP_MEAN = 1, ORACLE_KEEP_CHANNELS = 2, ORACLE_OPTIMAL = 32 };
+
+/* s^2 of optimal positive features from z, the mean of |q' + k'|^2 / dim over all pairs of a sample, at most 16: where
+ * the second moment of a feature's estimate of e^(|x|^2 / 2), |x|^2 = z dim, is least: that of s^2dim (2 s^2 -
+ * 1)^(-dim/2) e^(2 s^2 |x|^2 / (2 s^2 - 1)), by bisection on the derivative of its logarithm. */
+ORACLE_FN double oracle_widening(const oracle_calibration *c, const float *q, int64_t q_tokens, int64_t q_stride,
+                                 const float *k, int64_t k_tokens, int64_t k_stride, int dim)
+{
+    double z = 0, least = 1, most = 100;
+    for (int64_t i = 0; i < q_tokens; i++)
+        for (int64_t j = 0; j < k_tokens; j++)
+            for (int d = 0; d < dim; d++)
+                z += pow(c->tau * c->psi[d] * ((double)oracle_row(q, q_stride, dim, i)[d] - c->q_mean[d]) +
+                             c->tau / c->psi[d] * ((double)oracle_row(k, k_stride, dim, j)[d] - c->k_mean[d]),
+                         2);
+    z = fmin(z / (double)(q_tokens * k_tokens) / pow(dim, 1.5), 16);
+    for (int n = 0; n < 100; n++) {
+        const double y = (least + most) / 2, slope = 1 / y - 1 / (2 * y - 1) - 2 * z / pow(2 * y - 1, 2);
+        *(slope < 0 ? &least : &most) = y;
+    }
+    return least;
+}
+
 /* The calibration of a sample: means, psi_d = (sum k~_d^2 / sum q~_d^2)^(1/4) (mean squares, should the samples differ
  * in length), variances of the keys. Strides 0 = dim, tau 0 = 0.7. */
 ORACLE_FN oracle_calibration oracle_calibrate(const float *q, int64_t q_tokens, int64_t q_stride, const float *k,
-                                              int64_t k_tokens, int64_t k_stride, int dim, double tau, int keep_mean,
-                                              int keep_channels)
+                                              int64_t k_tokens, int64_t k_stride, int dim, double tau, uint32_t flags)
 {
     oracle_calibration c;
     double *q_var = oracle_doubles((size_t)dim);
@@ -800,13 +835,14 @@ ORACLE_FN oracle_calibration oracle_calibrate(const float *q, int64_t q_tokens, 
     oracle_moments(k, k_tokens, k_stride, dim, c.k_mean, c.k_var);
     for (int d = 0; d < dim; d++) {
         double q2 = q_var[d], k2 = c.k_var[d];
-        if (keep_mean) {
+        if (flags & ORACLE_KEEP_MEAN) {
             q2 += c.q_mean[d] * c.q_mean[d];
             k2 += c.k_mean[d] * c.k_mean[d];
             c.q_mean[d] = c.k_mean[d] = 0;
         }
-        c.psi[d] = keep_channels || !(q2 > 0) || !(k2 > 0) ? 1 : sqrt(sqrt(k2 / q2));
+        c.psi[d] = flags & ORACLE_KEEP_CHANNELS || !(q2 > 0) || !(k2 > 0) ? 1 : sqrt(sqrt(k2 / q2));
     }
+    c.widening = flags & ORACLE_OPTIMAL ? oracle_widening(&c, q, q_tokens, q_stride, k, k_tokens, k_stride, dim) : 0;
     free(q_var);
     return c;
 }

@@ -958,7 +958,7 @@ TEST_LIST(projection_faults, WITH_FEATURES)
     block_free(&w);
 }
 
-static const char *calibration_fault(int which, nf_calibration *s, float *data, nf_status *expected)
+static const char *calibration_fault(const kernel *k, int which, nf_calibration *s, float *data, nf_status *expected)
 {
     FAULT(NF_OK, (void)0)
     FAULT(NF_OK, s->tau = 1)
@@ -978,7 +978,9 @@ static const char *calibration_fault(int which, nf_calibration *s, float *data, 
     FAULT(NF_E_NULL, s->q = s->k = NULL)
     FAULT(NF_E_NULL, (s->q = NULL, s->q_tokens = 0))
     FAULT(NF_E_VALUE, (s->q = s->k = NULL, s->q_tokens = s->k_tokens = 0, s->tau = 2))
-    FAULT(NF_E_VALUE, s->flags = 32)
+    FAULT(optimal(k) ? NF_OK : NF_E_VALUE, s->flags = NF_OPTIMAL_FEATURES)
+    FAULT(NF_E_NULL, (s->q = s->k = NULL, s->q_tokens = s->k_tokens = 0, s->flags = NF_OPTIMAL_FEATURES))
+    FAULT(NF_E_VALUE, s->flags = 64)
     FAULT(NF_E_VALUE, data[0] = NAN)
     FAULT(NF_E_VALUE, data[11] = INFINITY)
     return NULL;
@@ -994,7 +996,7 @@ TEST_LIST(calibration_faults, WITH_FEATURES)
         const char *what;
         for (int n = 0; n < 10 * k->dim; n++)
             x[n] = (float)(n % 7) - 2.5f;
-        what = calibration_fault(i, &s, x, &expected);
+        what = calibration_fault(k, i, &s, x, &expected);
         if (what) {
             got = k->projection_init(p.data, 1, &s);
             CHECK(got == expected, "%s: got '%s', expected '%s'", what, nf_status_text(got), nf_status_text(expected));

@@ -336,14 +336,14 @@ TEST_LIST(calibrated, WITH_FEATURES)
         const int64_t n = 2 * k->block + 75;
         const double norm = map_of(k) == ORACLE_TRIG ? 0.3 : 4;
         const shape s = {.heads = 2, .kv_heads = 1, .q_tokens = n, .norm = norm, .seed = 30 + (uint64_t)i};
-        nf_calibration from = {.tau = i == 1 ? 0.6f : 0, .q_tokens = n, .k_tokens = n};
+        nf_calibration from = {.tau = i == 1 ? 0.6f : 0, .q_tokens = n, .k_tokens = n, .flags = i ? optimal(k) : 0};
         oracle_calibration definition;
         reverse r = reverse_make(k, s);
         for (int64_t j = 0; j < n; j++) /* something to centre */
             row_at(r.c.a.k, 0, j, 0)[0] += 3, row_at(r.c.a.q, 0, j, 0)[1] -= 2;
         from.q = row_at(r.c.a.q, 0, 0, 0), from.k = row_at(r.c.a.k, 0, 0, 0);
         from.q_stride = r.c.a.q.token_stride;
-        definition = oracle_calibrate(from.q, n, from.q_stride, from.k, n, 0, k->dim, (double)from.tau, 0, 0);
+        definition = oracle_calibrate(from.q, n, from.q_stride, from.k, n, 0, k->dim, (double)from.tau, from.flags);
         call_project(&r.c, 3, &from);
         r.c.calibration = &definition;
         agree(&r, 10, "calibrated");

@@ -249,8 +249,7 @@ TEST_LIST(calibrated, HYBRIDS)
     oracle_random r = {8};
     for (int i = 0; i < 6; i++) {
         const int64_t n = 3 * k->block + 11;
-        const nf_calibration sample = {.tau = i % 2 ? 0.6f : 0, .q_tokens = n, .k_tokens = n};
-        nf_calibration from = sample;
+        nf_calibration from = {.tau = i % 2 ? 0.6f : 0, .q_tokens = n, .k_tokens = n, .flags = i % 3 ? optimal(k) : 0};
         shape s = {.q_tokens = n, .norm = 4, .seed = 30 + (uint64_t)i};
         kit t = kit_make(k, i < 2 ? WINDOW : (int)below(&r, 256), 1, n, &r);
         oracle_calibration definition;
@@ -260,7 +259,7 @@ TEST_LIST(calibrated, HYBRIDS)
         for (int64_t j = 0; j < n; j++) /* something to centre */
             row_at(c.a.k, 0, j, 0)[0] += 3, row_at(c.a.q, 0, j, 0)[1] -= 2;
         from.q = row_at(c.a.q, 0, 0, 0), from.k = row_at(c.a.k, 0, 0, 0);
-        definition = oracle_calibrate(from.q, n, 0, from.k, n, 0, k->dim, (double)from.tau, 0, 0);
+        definition = oracle_calibrate(from.q, n, 0, from.k, n, 0, k->dim, (double)from.tau, from.flags);
         call_project(&c, 3, &from);
         c.calibration = &definition;
         call_reference(&c, 0);

@@ -142,6 +142,7 @@ static void stage_project(const stage *g, const kernel *k, void *projection)
         memset(&c, 0, sizeof c);
         c.q = g->q, c.k = g->k, c.q_tokens = g->s.q_tokens, c.k_tokens = g->s.kv_tokens;
         c.q_stride = g->s.heads * dim, c.k_stride = g->s.kv_heads * dim;
+        c.flags = optimal(k);
         CHECK(k->projection_init(projection, 9, g->s.projection == CALIBRATED ? &c : NULL) == NF_OK, "init");
     }
 }

@@ -3,11 +3,11 @@
  * One argument struct for every operator and backend; zero means default. Packed sequences stand behind one another in
  * one batch entry, sequence s from cu_tokens[s] to cu_tokens[s + 1].
  */
-#if defined(NF_CORE_ABI) && NF_CORE_ABI != 4
+#if defined(NF_CORE_ABI) && NF_CORE_ABI != 5
 #error "two nearfar headers of different core ABI in one file: generate both with the same nearfar version"
 #endif
 #ifndef NF_CORE_ABI
-#define NF_CORE_ABI 4
+#define NF_CORE_ABI 5
 
 #include <stddef.h>
 #include <stdint.h>
@@ -158,7 +158,7 @@ typedef struct nf_calibration {
     int64_t q_tokens, k_tokens; /* rows of each sample */
     int64_t q_stride, k_stride; /* elements from row to row; 0 = D */
     float tau;                  /* [0.001, 1]; 0 = 0.7 with a sample, otherwise 1, no tempering */
-    uint32_t flags;             /* NF_KEEP_MEAN .. NF_SIMPLEX */
+    uint32_t flags;             /* NF_KEEP_MEAN .. NF_OPTIMAL_FEATURES */
 } nf_calibration;
 
 #define NF_KEEP_MEAN 1u     /* calibration: do not centre q and k */
@@ -166,7 +166,10 @@ typedef struct nf_calibration {
 #define NF_CHI_NORMS 4u     /* sampling: norms as of normal vectors, no bias; 0: all sqrt(D), less variance */
 #define NF_GRAM_SCHMIDT 8u  /* sampling: uniform rotations by Gram-Schmidt; 0: by signs and Hadamard transforms */
 #define NF_SIMPLEX 16u      /* sampling: each D rows form a simplex; 0: they are orthogonal */
-#define NF_KEEP_F32 1u      /* projection_from: do not round the matrix to bf16 */
+/* exp and cosh, with a sample: FAVOR++ [Likhosherstov et al. 2022], chi norms with weights that leave the least
+ * variance */
+#define NF_OPTIMAL_FEATURES 32u
+#define NF_KEEP_F32 1u /* projection_from: do not round the matrix to bf16 */
 
 /* A projection of one contract: this head, then the matrix and the calibration, opaque to the caller. */
 typedef struct nf_projection_head {

@@ -1,8 +1,8 @@
 /* ---- projections: sampled, given or fitted to a head ----
  *
  * A matrix w [rows][D] in natural units, and a head's calibration: with x' = sqrt(scale) x the features are e^(w x^ -
- * |x^|^2 / 2) of q^ = q_factor (q' - q_mean') and k^ = k_factor (k' - k_mean'). The rest of the logit is a weight of
- * the key, e^(q_mean' (k' - k_mean')), and one of the query, which only lse sees.
+ * |x^|^2 / 2) of q^ = q_factor (q' - q_mean') and k^ = k_factor (k' - k_mean'), of k^ times the weight of the row. The
+ * rest of the logit is a weight of the key, e^(q_mean' (k' - k_mean')), and one of the query, which only lse sees.
  */
 #ifndef NF_PROJECTION_READY
 #define NF_PROJECTION_READY
@@ -11,6 +11,7 @@
 typedef struct nf_projection_shape {
     uint64_t contract;
     int rows, dim, stride; /* stride: of a column of w, padded to an odd number of cache lines */
+    uint32_t flags;        /* that a calibration may have */
     size_t bytes;
 } nf_projection_shape;
 
@@ -177,7 +178,7 @@ static double nf_rotation_gram_schmidt(float *w, int rows, int dim, uint64_t *co
 
 /* Rows of random rotations, rotation after rotation. With NF_SIMPLEX the rows of each point to the corners of a simplex
  * around 0 (simplex random features, Reid et al. 2023): less their mean, they do. Norms: sqrt(dim), or with
- * NF_CHI_NORMS those of normal vectors. */
+ * NF_CHI_NORMS and NF_OPTIMAL_FEATURES those of normal vectors. */
 static void nf_sample(const nf_projection_shape *shape, uint64_t seed, uint32_t flags, float *w)
 {
     const int dim = shape->dim;
@@ -196,7 +197,7 @@ static void nf_sample(const nf_projection_shape *shape, uint64_t seed, uint32_t 
         for (int r = 0; r < rows; r++) {
             double norm = dim;
             float unit;
-            for (int d = 0; d < dim && (flags & NF_CHI_NORMS); d++) {
+            for (int d = 0; d < dim && (flags & (NF_CHI_NORMS | NF_OPTIMAL_FEATURES)); d++) {
                 const double x = (double)nf_normal(&counter) / NF_UNIT;
                 norm = (d ? norm : 0) + x * x;
             }
@@ -235,13 +236,22 @@ static nf_status nf_check_sample(const nf_projection_shape *shape, const void *p
 
 static nf_status nf_check_calibration(const nf_projection_shape *shape, const void *projection, const nf_calibration *c)
 {
-    const int none = !c->q && !c->k && !c->q_tokens && !c->k_tokens;
+    const int none = !c->q && !c->k && !c->q_tokens && !c->k_tokens && !(c->flags & NF_OPTIMAL_FEATURES);
     nf_status status = none ? NF_OK : nf_check_sample(shape, projection, c->q, c->q_tokens, c->q_stride);
     if (status == NF_OK && !none)
         status = nf_check_sample(shape, projection, c->k, c->k_tokens, c->k_stride);
-    if (status == NF_OK && (!nf_finite(c->tau) || (c->tau != 0 && c->tau < 1e-3f) || c->tau > 1 || c->flags > 31))
+    if (status == NF_OK &&
+        (!nf_finite(c->tau) || (c->tau != 0 && c->tau < 1e-3f) || c->tau > 1 || c->flags & ~shape->flags))
         status = NF_E_VALUE;
     return status;
+}
+
+/* floor(x) of a number below 2^23, or NaN. */
+NF_BOTH inline float nf_whole(double x)
+{
+    const float near = (float)x;
+    const double whole = nf_finite(near) ? (double)(int32_t)x : 0;
+    return nf_finite(near) ? (float)(whole > x ? whole - 1 : whole) : near;
 }
 
 /* Mean and variance of channel d. */
@@ -256,15 +266,16 @@ static void nf_moments(const float *x, int64_t tokens, int64_t stride, int64_t d
     *variance = square / (double)tokens;
 }
 
-/* Fill fit [NF_FIT_ROWS][dim] from a sample (NULL: nothing to fit); returns the mean logit q_mean k_mean.
- * Centring and tempering: this project; channel balance psi = (E k^2 / E q^2)^(1/4): SADERF, Likhosherstov et al. 2023.
+/* Fill fit [NF_FIT_ROWS][dim] from a sample (NULL: nothing to fit), and constant: the mean logit q_mean k_mean. Returns
+ * the mean of |q^ + k^|^2 / dim over all pairs, at the default scale. Centring and tempering: this project; channel
+ * balance psi = (E k^2 / E q^2)^(1/4): SADERF, Likhosherstov et al. 2023.
  */
-static float nf_calibrate(const nf_projection_shape *shape, const nf_calibration *c, float *fit)
+static double nf_calibrate(const nf_projection_shape *shape, const nf_calibration *c, float *fit, float *constant)
 {
     const int dim = shape->dim;
     const int sample = c && c->q;
     const double tau = c && c->tau > 0 ? (double)c->tau : sample ? 0.7 : 1;
-    double constant = 0;
+    double mean = 0, square = 0;
     for (int d = 0; d < dim; d++) {
         double q_mean = 0, k_mean = 0, q_square = 0, k_square = 0, psi = 1, lost = 0;
         if (sample) {
@@ -273,6 +284,7 @@ static float nf_calibrate(const nf_projection_shape *shape, const nf_calibration
             lost = k_square * (1 - tau * tau * tau * tau);
             if (c->flags & NF_KEEP_MEAN) {
                 q_square += q_mean * q_mean, k_square += k_mean * k_mean;
+                square += 2 * q_mean * k_mean;
                 q_mean = k_mean = 0;
             }
             if (!(c->flags & NF_KEEP_CHANNELS) && q_square > 1e-30 && k_square > 1e-30)
@@ -285,9 +297,29 @@ static float nf_calibrate(const nf_projection_shape *shape, const nf_calibration
         fit[NF_Q_SLOPE * dim + d] = (float)(-k_mean / (tau * psi));
         fit[NF_K_SLOPE * dim + d] = (float)(-q_mean * psi / tau);
         fit[NF_Q_CURVE * dim + d] = (float)(lost / (tau * tau * psi * psi));
-        constant += q_mean * k_mean;
+        mean += q_mean * k_mean;
+        square += psi * psi * q_square + k_square / (psi * psi);
     }
-    return (float)constant;
+    *constant = (float)mean;
+    return tau * tau * square / (dim * nf_sqrt(dim));
+}
+
+/* Optimal positive random features (FAVOR++, Likhosherstov et al. 2022, their s^2 = 1 - 4 A): normal rows s times as
+ * long, and on each key's features the ratio of the densities, s^dim e^(-(1 - 1 / s^2) |w|^2 / 2). s is that of the
+ * least variance at |q^ + k^|^2 = z dim; beyond z = 16 no estimate is of use. weight: log2 of the ratio, below 2^12 and
+ * in multiples of 2^-10, so that less a reference it is exact. */
+static void nf_widen(const nf_projection_shape *shape, double z, float *w, float *weight)
+{
+    const int dim = shape->dim;
+    const double b = 3 + 2 * (z < 16 ? z : 16), square = (b + nf_sqrt(b * b - 8)) / 4;
+    for (int r = 0; r < shape->rows; r++) {
+        double norm = 0;
+        for (int d = 0; d < dim; d++, w++) {
+            *w = nf_to_bf16(*w * (float)nf_sqrt(square));
+            norm += (double)*w * (double)*w;
+        }
+        weight[r] = nf_whole(512 * 1.4426950408889634 * (dim * nf_log(square) - (1 - 1 / square) * norm) + 0.5) / 1024;
+    }
 }
 
 /* The matrix of a projection: the first of its arrays. */
@@ -301,10 +333,12 @@ static void nf_projection_finish(const nf_projection_shape *shape, void *project
 {
     const size_t dim = (size_t)shape->dim, rows = (size_t)shape->rows, stride = (size_t)shape->stride;
     nf_projection_head *head = (nf_projection_head *)projection;
-    float *w = nf_matrix(projection), *columns = w + rows * dim, *fit = columns + dim * stride,
-          *constant = fit + 8 * dim;
-    *constant = nf_calibrate(shape, calibration, fit);
-    memset(columns, 0, dim * stride * sizeof(float));
+    float *w = nf_matrix(projection), *columns = w + rows * dim, *weight = columns + dim * stride,
+          *fit = weight + stride, *constant = fit + 8 * dim;
+    const double z = nf_calibrate(shape, calibration, fit, constant);
+    memset(columns, 0, (dim + 1) * stride * sizeof(float));
+    if (calibration && (calibration->flags & NF_OPTIMAL_FEATURES))
+        nf_widen(shape, z, w, weight);
     for (size_t i = 0; i < rows * dim; i++)
         columns[i % dim * stride + i / dim] = w[i];
     memset(head, 0, sizeof *head);
@@ -314,7 +348,7 @@ static void nf_projection_finish(const nf_projection_shape *shape, void *project
     /* without a sample and tempering, it only says how w was drawn */
     head->calibrated = calibration && (calibration->q || (calibration->tau > 0 && calibration->tau < 1));
     head->hash = nf_hash(shape->contract, w, rows * dim * sizeof(float));
-    head->hash = nf_hash(head->hash, fit, NF_FIT_ROWS * dim * sizeof(float));
+    head->hash = nf_hash(head->hash, weight, (stride + NF_FIT_ROWS * dim) * sizeof(float));
     head->hash = nf_hash(head->hash, constant, sizeof(float));
 }
 
@@ -382,14 +416,6 @@ static nf_status nf_projection_read(const nf_projection_shape *shape, const void
 NF_BOTH inline double nf_limit(double norm)
 {
     return norm > 4194304.0 ? 4194304.0 : norm < -4194304.0 ? -4194304.0 : norm;
-}
-
-/* floor(x) of a norm (below 2^23, see the row), or NaN. */
-NF_BOTH inline float nf_whole(double x)
-{
-    const float near = (float)x;
-    const double whole = nf_finite(near) ? (double)(int32_t)x : 0;
-    return nf_finite(near) ? (float)(whole > x ? whole - 1 : whole) : near;
 }
 
 /* floor(log2 x) of a number above the limit, otherwise 0. */

@@ -62,9 +62,12 @@ static buffers make(int32_t mask)
     for (int h = 0; h < HEADS; h++)
         b.decay[h] = -0.02f * (float)(h % 3);
 #ifdef FEATURES
-    b.projection = memory(GPU(projection_bytes)());
-    if (CPU(projection_init)(b.projection, 5, NULL) != NF_OK)
-        abort();
+    {
+        const nf_calibration c = {.q = b.q, .k = b.k, .q_tokens = 64, .k_tokens = 64, .flags = NF_OPTIMAL_FEATURES};
+        b.projection = memory(GPU(projection_bytes)());
+        if (CPU(projection_init)(b.projection, 5, &c) != NF_OK)
+            abort();
+    }
 #else
     b.projection = memory(NF_ALIGN); /* nobody looks at it */
 #endif
