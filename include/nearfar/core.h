@@ -161,15 +161,13 @@ typedef struct nf_calibration {
     uint32_t flags;             /* NF_KEEP_MEAN .. NF_OPTIMAL_FEATURES */
 } nf_calibration;
 
-#define NF_KEEP_MEAN 1u     /* calibration: do not centre q and k */
-#define NF_KEEP_CHANNELS 2u /* calibration: do not balance the channels */
-#define NF_CHI_NORMS 4u     /* sampling: norms as of normal vectors, no bias; 0: all sqrt(D), less variance */
-#define NF_GRAM_SCHMIDT 8u  /* sampling: uniform rotations by Gram-Schmidt; 0: by signs and Hadamard transforms */
-#define NF_SIMPLEX 16u      /* sampling: each D rows form a simplex; 0: they are orthogonal */
-/* exp and cosh, with a sample: FAVOR++ [Likhosherstov et al. 2022], chi norms with weights that leave the least
- * variance */
-#define NF_OPTIMAL_FEATURES 32u
-#define NF_KEEP_F32 1u /* projection_from: do not round the matrix to bf16 */
+#define NF_KEEP_MEAN 1u         /* calibration: do not centre q and k */
+#define NF_KEEP_CHANNELS 2u     /* calibration: do not balance the channels */
+#define NF_CHI_NORMS 4u         /* sampling: norms as of normal vectors, no bias; 0: all sqrt(D), less variance */
+#define NF_GRAM_SCHMIDT 8u      /* sampling: uniform rotations by Gram-Schmidt; 0: by signs and Hadamard transforms */
+#define NF_SIMPLEX 16u          /* sampling: each D rows form a simplex; 0: they are orthogonal */
+#define NF_OPTIMAL_FEATURES 32u /* FAVOR++: chi norms, weights for least variance on the sample; exp and cosh */
+#define NF_KEEP_F32 1u          /* projection_from: do not round the matrix to bf16 */
 
 /* A projection of one contract: this head, then the matrix and the calibration, opaque to the caller. */
 typedef struct nf_projection_head {

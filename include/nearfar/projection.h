@@ -16,7 +16,7 @@ typedef struct nf_projection_shape {
 } nf_projection_shape;
 
 /* The calibration of one head, [dim] each; mean, factor and slope of either side follow each other. */
-enum { NF_Q_MEAN, NF_Q_FACTOR, NF_Q_SLOPE, NF_Q_CURVE, NF_K_MEAN, NF_K_FACTOR, NF_K_SLOPE, NF_FIT_ROWS };
+enum { NF_Q_MEAN, NF_Q_FACTOR, NF_Q_SLOPE, NF_Q_CURVE, NF_K_MEAN, NF_K_FACTOR, NF_K_SLOPE };
 
 /* 64 random bits from a counter (splitmix64, Steele, Lea and Flood 2014). */
 static uint64_t nf_random(uint64_t *counter)
@@ -266,11 +266,11 @@ static void nf_moments(const float *x, int64_t tokens, int64_t stride, int64_t d
     *variance = square / (double)tokens;
 }
 
-/* Fill fit [NF_FIT_ROWS][dim] from a sample (NULL: nothing to fit), and constant: the mean logit q_mean k_mean. Returns
- * the mean of |q^ + k^|^2 / dim over all pairs, at the default scale. Centring and tempering: this project; channel
- * balance psi = (E k^2 / E q^2)^(1/4): SADERF, Likhosherstov et al. 2023.
+/* Fill fit from a sample (NULL: nothing to fit), and constant, 8 rows behind it, with the mean logit q_mean k_mean;
+ * returns the mean of |q^ + k^|^2 / dim over all pairs, at the default scale. Centring and tempering: this project;
+ * channel balance psi = (E k^2 / E q^2)^(1/4): SADERF, Likhosherstov et al. 2023.
  */
-static double nf_calibrate(const nf_projection_shape *shape, const nf_calibration *c, float *fit, float *constant)
+static double nf_calibrate(const nf_projection_shape *shape, const nf_calibration *c, float *fit)
 {
     const int dim = shape->dim;
     const int sample = c && c->q;
@@ -300,25 +300,23 @@ static double nf_calibrate(const nf_projection_shape *shape, const nf_calibratio
         mean += q_mean * k_mean;
         square += psi * psi * q_square + k_square / (psi * psi);
     }
-    *constant = (float)mean;
+    fit[8 * dim] = (float)mean;
     return tau * tau * square / (dim * nf_sqrt(dim));
 }
 
-/* Optimal positive random features (FAVOR++, Likhosherstov et al. 2022, their s^2 = 1 - 4 A): normal rows s times as
- * long, and on each key's features the ratio of the densities, s^dim e^(-(1 - 1 / s^2) |w|^2 / 2). s is that of the
- * least variance at |q^ + k^|^2 = z dim; beyond z = 16 no estimate is of use. weight: log2 of the ratio, below 2^12 and
- * in multiples of 2^-10, so that less a reference it is exact. */
+/* FAVOR++ [Likhosherstov et al. 2022]: rows of normal vectors times s, s^2 = 1 - 4 A that of least variance at |q^ +
+ * k^|^2 = z dim (beyond 16 no estimate is of use). weight: log2 of the ratio of the densities, below 2^12 in steps of
+ * 2^-10, so that less a reference it is exact. */
 static void nf_widen(const nf_projection_shape *shape, double z, float *w, float *weight)
 {
-    const int dim = shape->dim;
     const double b = 3 + 2 * (z < 16 ? z : 16), square = (b + nf_sqrt(b * b - 8)) / 4;
     for (int r = 0; r < shape->rows; r++) {
         double norm = 0;
-        for (int d = 0; d < dim; d++, w++) {
+        for (int d = 0; d < shape->dim; d++, w++) {
             *w = nf_to_bf16(*w * (float)nf_sqrt(square));
             norm += (double)*w * (double)*w;
         }
-        weight[r] = nf_whole(512 * 1.4426950408889634 * (dim * nf_log(square) - (1 - 1 / square) * norm) + 0.5) / 1024;
+        weight[r] = nf_whole(738.6598609351492 * (shape->dim * nf_log(square) - norm + norm / square) + 0.5) / 1024;
     }
 }
 
@@ -333,23 +331,21 @@ static void nf_projection_finish(const nf_projection_shape *shape, void *project
 {
     const size_t dim = (size_t)shape->dim, rows = (size_t)shape->rows, stride = (size_t)shape->stride;
     nf_projection_head *head = (nf_projection_head *)projection;
-    float *w = nf_matrix(projection), *columns = w + rows * dim, *weight = columns + dim * stride,
-          *fit = weight + stride, *constant = fit + 8 * dim;
-    const double z = nf_calibrate(shape, calibration, fit, constant);
-    memset(columns, 0, (dim + 1) * stride * sizeof(float));
+    float *w = nf_matrix(projection), *columns = w + rows * dim, *weight = columns + dim * stride;
+    double z;
+    memset(head, 0, sizeof *head);
+    memset(columns, 0, shape->bytes - sizeof *head - rows * dim * sizeof(float));
+    z = nf_calibrate(shape, calibration, weight + stride);
     if (calibration && (calibration->flags & NF_OPTIMAL_FEATURES))
         nf_widen(shape, z, w, weight);
     for (size_t i = 0; i < rows * dim; i++)
         columns[i % dim * stride + i / dim] = w[i];
-    memset(head, 0, sizeof *head);
     head->magic = NF_MAGIC_PROJECTION;
     head->abi = NF_CORE_ABI;
     head->contract = shape->contract;
     /* without a sample and tempering, it only says how w was drawn */
     head->calibrated = calibration && (calibration->q || (calibration->tau > 0 && calibration->tau < 1));
-    head->hash = nf_hash(shape->contract, w, rows * dim * sizeof(float));
-    head->hash = nf_hash(head->hash, weight, (stride + NF_FIT_ROWS * dim) * sizeof(float));
-    head->hash = nf_hash(head->hash, constant, sizeof(float));
+    head->hash = nf_hash(shape->contract, w, shape->bytes - sizeof *head);
 }
 
 static nf_status nf_projection_init(const nf_projection_shape *shape, void *projection, uint64_t seed,
