@@ -215,7 +215,7 @@ def misfit(contract: Contract, variant: Variant, target: Target) -> str | None:
     far, near = m > 0, contract.operator in ("exact", "sparse", "hybrid")
     floats = variant.x * (far * m // r + near * c)
     what = " and ".join(far * ["the state"] + near * ["the outputs"])
-    shared = far * (4 * (2 * c * (m + 4) + d * (c + 4) + c * d + c * (c + 1) + 3 * m + 6 * c) + 420)
+    shared = far * (4 * (2 * c * (m + 4) + d * (c + 4) + c * d + c * (c + 1) + 4 * m + 6 * c) + 420)
     shared += near * (4 * (d * (3 * c + 5) + c * (c + 14)) + 600)
     if d % variant.x or threads % 32 or threads > 512:
         return f"d / x * r = {threads} threads of a block must be a multiple of 32 up to 512"
@@ -254,7 +254,7 @@ def misfit_matrix(contract: Contract, variant: Variant, target: Target) -> str |
         return f"{m} x {d} sums and what a query needs of both fields do not fit the registers of {c // 16} warps"
     if variant.x > m // c // n:
         return f"x must be at most the {m // c // n} tiles of features of a warp"
-    shared = 2 * (d + 8) * (rows + halves * (c + m)) + 2 * halves * m * (c + 9) + 4 * m + 12 * c + 420
+    shared = 2 * (d + 8) * (rows + halves * (c + m)) + 2 * halves * m * (c + 9) + 4 * (m + rows) + 12 * c + 420
     shared += 4 * c * max(d + 8, halves * (c + 8)) + 2 * halves * c * (m + 8) + 4 * n * c if n > 1 else 4 * c * (d + 8)
     shared += softmax_shared(d, c, max(c // 2, 16)) if contract.b else 0
     most = 65536 if target.name.startswith("gfx") else 232448
