@@ -7,9 +7,7 @@ heads; fits see the first half.
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
-from typing import Any
 
 from . import report
 from .contract import parse
@@ -17,7 +15,7 @@ from .quality import Case, Kernel, library, real, softmax
 from .render import write
 from .tuning import OUTPUT, Progress, names
 
-KEEP_MEAN, KEEP_CHANNELS, CHI_NORMS, GRAM_SCHMIDT, SIMPLEX = 1, 2, 4, 8, 16  # flags of nf_calibration
+KEEP_MEAN, KEEP_CHANNELS, CHI_NORMS, GRAM_SCHMIDT, SIMPLEX, OPTIMAL_FEATURES = 1, 2, 4, 8, 16, 32  # of nf_calibration
 SEEDS = 40
 MAPS = ("exp", "cosh")
 FEATURES = 128
@@ -28,24 +26,26 @@ class Way:
     """A way to make a projection: how rows are sampled, whether they are fitted."""
 
     label: str
-    kind: str = "kernel"  # normal: rows from numpy; favor++: all of it in numpy
+    normal: bool = False  # rows from numpy
     flags: int = 0
     fit: bool = False
     tau: float = 1.0
 
 
 WAYS = (
-    Way("independent normal rows", "normal"),
+    Way("independent normal rows", normal=True),
     Way("orthogonal (Gram-Schmidt), chi norms", flags=GRAM_SCHMIDT | CHI_NORMS),
     Way("orthogonal (Hadamard), chi norms", flags=CHI_NORMS),
     Way("orthogonal (Gram-Schmidt), norms sqrt(D)", flags=GRAM_SCHMIDT),
     Way("orthogonal (Hadamard), norms sqrt(D): default"),
     Way("simplex, norms sqrt(D)", flags=SIMPLEX),
-    Way("FAVOR++ (numpy), chi norms", "favor++", flags=GRAM_SCHMIDT | CHI_NORMS),
+    Way("FAVOR++", fit=True, flags=OPTIMAL_FEATURES | GRAM_SCHMIDT | KEEP_MEAN | KEEP_CHANNELS),
     Way("default + centring", fit=True, flags=KEEP_CHANNELS),
     Way("default + Psi", fit=True, flags=KEEP_MEAN),
     Way("default + centring + Psi", fit=True),
+    Way("FAVOR++ + centring + Psi", fit=True, flags=OPTIMAL_FEATURES | GRAM_SCHMIDT),
     Way("default + centring + Psi + tempering 0.7", fit=True, tau=0.7),
+    Way("FAVOR++ + centring + Psi + tempering 0.7", fit=True, tau=0.7, flags=OPTIMAL_FEATURES | GRAM_SCHMIDT),
     Way("simplex + centring + Psi + tempering 0.7", fit=True, tau=0.7, flags=SIMPLEX),
 )
 
@@ -83,11 +83,8 @@ def judge(way: Way, case: Case, kernel: Kernel) -> str:
     rows = parse(kernel.name).rows
     outs = []
     for seed in range(SEEDS):
-        if way.kind == "favor++":
-            outs.append(favor_plus_plus(case, kernel, seed, way.flags)[half:])
-            continue
         drawn = np.random.default_rng(seed).normal(size=(heads, rows, d)).astype(np.float32)
-        matrices = drawn if way.kind == "normal" else None
+        matrices = drawn if way.normal else None
         made = kernel.projections(case, seed, way.fit, way.tau, way.flags, matrices)
         outs.append(kernel.attend(case, projections=made)[half:].astype(np.float64))
     mean = np.mean(outs, axis=0)
@@ -99,33 +96,3 @@ def judge(way: Way, case: Case, kernel: Kernel) -> str:
         biases.append(np.sqrt(max(off, 0) / np.sum(truth**2)))
         spreads.append(np.sqrt(variance[h] / np.sum(truth**2)))
     return f"{np.mean(biases):.3f} / {np.mean(spreads):.3f}"
-
-
-def favor_plus_plus(case: Case, kernel: Kernel, seed: int, flags: int) -> Any:
-    """Features e^(A |w|^2 + sqrt(1 - 4 A) w x - |x|^2 / 2), A optimal for the mean |q' + k'|^2 of the first half
-    (Likhosherstov et al. 2022). A row's weight e^(2 A |w|^2) has no place in a projection: numpy, for comparison."""
-    import numpy as np
-
-    tokens, heads, d = case.q.shape
-    half = tokens // 2
-    made = kernel.projections(case, seed, flags=flags)
-    matrix = np.zeros((parse(kernel.name).rows, d), np.float32)
-    at, to = (ctypes.c_void_p(x.ctypes.data) for x in (made.memory, matrix))
-    kernel.must(kernel.entry("projection_read")(at, to))
-    w = matrix.astype(np.float64)
-    out = np.empty((tokens, heads, d))
-    for h in range(heads):
-        q, k = (x[:, h].astype(np.float64) / d**0.25 for x in (case.q, case.k))
-        z = sum(np.sum(x[:half] ** 2) / half for x in (q, k)) + 2 * q[:half].mean(axis=0) @ k[:half].mean(axis=0)
-        rho = (np.sqrt((2 * z + d) ** 2 + 8 * d * z) - 2 * z - d) / (4 * z)
-        a = (1 - 1 / rho) / 8
-        weight = 2 * a * np.sum(w**2, axis=1)
-        signs = (1, -1) if "cosh" in kernel.name else (1,)
-        lq = np.concatenate([s * np.sqrt(1 - 4 * a) * q @ w.T for s in signs], axis=1)
-        lk = np.concatenate([s * np.sqrt(1 - 4 * a) * k @ w.T + weight for s in signs], axis=1)
-        lk -= np.sum(k**2, axis=1, keepdims=True) / 2
-        top = lk.max(axis=0)  # exponents of features, whatever their order
-        lq += top
-        scores = np.tril(np.exp(lq - lq.max(axis=1, keepdims=True)) @ np.exp(lk - top).T)
-        out[:, h] = scores @ case.v[:, h] / scores.sum(axis=1, keepdims=True)
-    return out

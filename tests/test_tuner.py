@@ -393,9 +393,9 @@ def test_projections_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     few, many = (quality.Kernel(loaded, c) for c in contracts)
     ways = {
         "mean": projections.Way("", fit=True, tau=0.001, flags=projections.KEEP_MEAN),
-        "normal": projections.Way("", "normal"),
+        "normal": projections.Way("", normal=True),
         "sampled": projections.Way("", flags=projections.SIMPLEX),
-        "favor++": projections.Way("", "favor++", flags=projections.CHI_NORMS),
+        "favor++": projections.Way("", fit=True, flags=projections.OPTIMAL_FEATURES),
     }
     bias, spread = ({}, {})
     for name, way in ways.items():
