@@ -25,18 +25,6 @@
     NF_INLINE attributes void set##_store(float *p, set##_t x) \
     { \
         *(set##_unaligned *)(void *)p = x; \
-    } \
-    NF_INLINE attributes set##_t set##_add(set##_t a, set##_t b) \
-    { \
-        return a + b; \
-    } \
-    NF_INLINE attributes set##_t set##_sub(set##_t a, set##_t b) \
-    { \
-        return a - b; \
-    } \
-    NF_INLINE attributes set##_t set##_mul(set##_t a, set##_t b) \
-    { \
-        return a * b; \
     }
 
 /* 2^f on [-1/2, 1/2] by a polynomial: relative error 1.7e-7, exact at 0. */
@@ -423,7 +411,8 @@ NF_INLINE nf_v4_t nf_v4_exponents(nf_v4_int n)
 
 NF_INLINE nf_v4_t nf_v4_fma(nf_v4_t a, nf_v4_t b, nf_v4_t c)
 {
-    return nf_v4_add(nf_v4_mul(a, b), c);
+    const nf_v4_t product = a * b;
+    return product + c;
 }
 
 NF_POWER(NF_NOTHING, nf_v4)
@@ -445,9 +434,9 @@ NF_INLINE nf_v4_t nf_v4_floor(nf_v4_t x)
 NF_INLINE nf_v4_t nf_v4_exp2(nf_v4_t x)
 {
     const nf_v4_t y = nf_v4_max(nf_v4_set(NF_EXP2_LOWEST), nf_v4_min(nf_v4_set(NF_EXP2_HIGHEST), x));
-    const nf_v4_int biased = nf_v4_to_int(nf_v4_add(y, nf_v4_set(127.5f)));
-    const nf_v4_t f = nf_v4_sub(y, nf_v4_sub(nf_v4_to_float(biased), nf_v4_set(127.0f)));
-    return nf_v4_mul(nf_v4_power(f), nf_v4_exponents(biased));
+    const nf_v4_int biased = nf_v4_to_int(y + nf_v4_set(127.5f));
+    const nf_v4_t f = y - (nf_v4_to_float(biased) - nf_v4_set(127.0f));
+    return nf_v4_power(f) * nf_v4_exponents(biased);
 }
 
 NF_INLINE void nf_v4_transpose(float *dst, int dst_stride, const float *src, int src_stride, int dims)
