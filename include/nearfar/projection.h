@@ -29,10 +29,8 @@ static uint64_t nf_random(uint64_t *counter)
 /* The nearest bf16 (ties to even), as a float. */
 static float nf_to_bf16(float x)
 {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
-    memcpy(&x, &bits, sizeof x);
+    const uint32_t bits = nf_bits(x), near = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+    memcpy(&x, &near, sizeof x);
     return x;
 }
 
@@ -395,9 +393,7 @@ NF_BOTH inline float nf_whole(double x)
 /* floor(log2 x) of a number above the limit, otherwise 0. */
 NF_BOTH float nf_exponent(float x, float limit)
 {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &x, sizeof bits);
-    return x > limit && nf_finite(x) ? (float)((int32_t)(bits >> 23) - 127) : 0.0f;
+    return x > limit && nf_finite(x) ? (float)((int32_t)(nf_bits(x) >> 23) - 127) : 0.0f;
 }
 
 /* NF_INPUT_LIMIT, in turns. */

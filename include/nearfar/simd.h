@@ -27,6 +27,22 @@
         *(set##_unaligned *)(void *)p = x; \
     }
 
+/* What AVX-512 and AVX2 call alike. */
+#define NF_X86_VECTOR(attributes, set, prefix) \
+    NF_VECTOR(attributes, set) \
+    NF_INLINE attributes set##_t set##_set(float x) \
+    { \
+        return prefix##_set1_ps(x); \
+    } \
+    NF_INLINE attributes set##_t set##_fma(set##_t a, set##_t b, set##_t c) \
+    { \
+        return prefix##_fmadd_ps(a, b, c); \
+    } \
+    NF_INLINE attributes set##_t set##_floor(set##_t x) \
+    { \
+        return prefix##_floor_ps(x); \
+    }
+
 /* 2^f on [-1/2, 1/2] by a polynomial: relative error 1.7e-7, exact at 0. */
 #define NF_POWER(attributes, set) \
     NF_INLINE attributes set##_t set##_power(set##_t f) \
@@ -53,7 +69,7 @@
 #define NF_ALL16 ((__mmask16)0xffff)
 #define NF_ALL8 ((__mmask8)0xff)
 typedef __m512 nf_v16_t;
-NF_VECTOR(NF_V16, nf_v16)
+NF_X86_VECTOR(NF_V16, nf_v16, _mm512)
 
 /* Load or store n lanes, n a constant of any size: a whole vector, or what is left of a row. */
 NF_INLINE NF_V16 nf_v16_t nf_v16_get(const float *p, int n)
@@ -67,16 +83,6 @@ NF_INLINE NF_V16 void nf_v16_put(float *p, nf_v16_t x, int n)
         _mm512_storeu_ps(p, x);
     else if (n > 0)
         _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), x);
-}
-
-NF_INLINE NF_V16 nf_v16_t nf_v16_set(float x)
-{
-    return _mm512_set1_ps(x);
-}
-
-NF_INLINE NF_V16 nf_v16_t nf_v16_fma(nf_v16_t a, nf_v16_t b, nf_v16_t c)
-{
-    return _mm512_fmadd_ps(a, b, c);
 }
 
 NF_INLINE NF_V16 nf_v16_t nf_v16_max(nf_v16_t a, nf_v16_t b)
@@ -179,16 +185,11 @@ NF_INLINE NF_V16 int nf_v16_above(nf_v16_t x, float limit)
     return _mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_NLE_UQ) != 0;
 }
 
-NF_INLINE NF_V16 nf_v16_t nf_v16_floor(nf_v16_t x)
-{
-    return _mm512_floor_ps(x);
-}
-
 /* Every processor with AVX2 and FMA has F16C, too. */
 #define NF_V8 __attribute__((target("avx2,fma,f16c")))
 #define NF_V8_LANES 8
 typedef __m256 nf_v8_t;
-NF_VECTOR(NF_V8, nf_v8)
+NF_X86_VECTOR(NF_V8, nf_v8, _mm256)
 
 NF_INLINE NF_V8 __m256i nf_v8_below(int n)
 {
@@ -206,16 +207,6 @@ NF_INLINE NF_V8 void nf_v8_put(float *p, nf_v8_t x, int n)
         _mm256_storeu_ps(p, x);
     else if (n > 0)
         _mm256_maskstore_ps(p, nf_v8_below(n), x);
-}
-
-NF_INLINE NF_V8 nf_v8_t nf_v8_set(float x)
-{
-    return _mm256_set1_ps(x);
-}
-
-NF_INLINE NF_V8 nf_v8_t nf_v8_fma(nf_v8_t a, nf_v8_t b, nf_v8_t c)
-{
-    return _mm256_fmadd_ps(a, b, c);
 }
 
 NF_POWER(NF_V8, nf_v8)
@@ -282,11 +273,6 @@ NF_INLINE NF_V8 int nf_v8_above(nf_v8_t x, float limit)
 {
     return _mm256_movemask_ps(_mm256_cmp_ps(x, _mm256_set1_ps(limit), _CMP_NLE_UQ)) != 0;
 }
-
-NF_INLINE NF_V8 nf_v8_t nf_v8_floor(nf_v8_t x)
-{
-    return _mm256_floor_ps(x);
-}
 #endif
 
 /* Four lanes anywhere: NEON, or the vector extension of GCC and Clang. */
@@ -311,27 +297,24 @@ NF_INLINE nf_v4_t nf_v4_set(float x)
 
 NF_INLINE float nf_v4_sum(nf_v4_t x)
 {
-    float lane[4];
-    nf_v4_store(lane, x);
-    return (lane[0] + lane[2]) + (lane[1] + lane[3]);
+    return (x[0] + x[2]) + (x[1] + x[3]);
+}
+
+NF_INLINE double nf_v4_total(nf_v4_t x)
+{
+    return ((double)x[0] + (double)x[1]) + ((double)x[2] + (double)x[3]);
 }
 
 NF_INLINE int nf_v4_above(nf_v4_t x, float limit)
 {
-    float lane[4];
-    nf_v4_store(lane, x);
-    return nf_beyond(lane[0], limit) || nf_beyond(lane[1], limit) || nf_beyond(lane[2], limit) ||
-           nf_beyond(lane[3], limit);
+    return nf_beyond(x[0], limit) || nf_beyond(x[1], limit) || nf_beyond(x[2], limit) || nf_beyond(x[3], limit);
 }
 
 NF_INLINE nf_v4_t nf_v4_from(nf_v4_t other, nf_v4_t x, int n)
 {
-    float lane[4], below[4];
-    nf_v4_store(lane, x);
-    nf_v4_store(below, other);
     for (int i = 0; i < 4 && i < n; i++)
-        lane[i] = below[i];
-    return nf_v4_load(lane);
+        x[i] = other[i];
+    return x;
 }
 
 #if defined(NF_NEON)
@@ -393,22 +376,6 @@ NF_INLINE nf_v4_t nf_v4_min(nf_v4_t a, nf_v4_t b)
     return nf_v4_select((nf_v4_int)(a < b), a, b);
 }
 
-NF_INLINE nf_v4_int nf_v4_to_int(nf_v4_t x)
-{
-    return __builtin_convertvector(x, nf_v4_int);
-}
-
-NF_INLINE nf_v4_t nf_v4_to_float(nf_v4_int n)
-{
-    return __builtin_convertvector(n, nf_v4_t);
-}
-
-/* 2^(n - 127), 0 < n < 255. */
-NF_INLINE nf_v4_t nf_v4_exponents(nf_v4_int n)
-{
-    return (nf_v4_t)((nf_v4_bits)n << 23);
-}
-
 NF_INLINE nf_v4_t nf_v4_fma(nf_v4_t a, nf_v4_t b, nf_v4_t c)
 {
     const nf_v4_t product = a * b;
@@ -420,23 +387,20 @@ NF_POWER(NF_NOTHING, nf_v4)
 /* Beyond 2^23 every float is whole. */
 NF_INLINE nf_v4_t nf_v4_floor(nf_v4_t x)
 {
-    float lane[4];
-    nf_v4_store(lane, x);
     for (int i = 0; i < 4; i++) {
-        const int small = lane[i] > -8388608.0f && lane[i] < 8388608.0f;
-        const float whole = small ? (float)(int32_t)lane[i] : lane[i];
-        lane[i] = whole > lane[i] ? whole - 1.0f : whole;
+        const float whole = x[i] > -8388608.0f && x[i] < 8388608.0f ? (float)(int32_t)x[i] : x[i];
+        x[i] = whole > x[i] ? whole - 1.0f : whole;
     }
-    return nf_v4_load(lane);
+    return x;
 }
 
 /* Rounds by truncating what has been made positive: no reliance on the rounding mode or on exact float algebra. */
 NF_INLINE nf_v4_t nf_v4_exp2(nf_v4_t x)
 {
     const nf_v4_t y = nf_v4_max(nf_v4_set(NF_EXP2_LOWEST), nf_v4_min(nf_v4_set(NF_EXP2_HIGHEST), x));
-    const nf_v4_int biased = nf_v4_to_int(y + nf_v4_set(127.5f));
-    const nf_v4_t f = y - (nf_v4_to_float(biased) - nf_v4_set(127.0f));
-    return nf_v4_power(f) * nf_v4_exponents(biased);
+    const nf_v4_int biased = __builtin_convertvector(y + nf_v4_set(127.5f), nf_v4_int);
+    const nf_v4_t f = y - (__builtin_convertvector(biased, nf_v4_t) - nf_v4_set(127.0f));
+    return nf_v4_power(f) * (nf_v4_t)((nf_v4_bits)biased << 23);
 }
 
 NF_INLINE void nf_v4_transpose(float *dst, int dst_stride, const float *src, int src_stride, int dims)
@@ -446,13 +410,6 @@ NF_INLINE void nf_v4_transpose(float *dst, int dst_stride, const float *src, int
             dst[d * dst_stride + t] = src[t * src_stride + d];
 }
 #endif
-
-NF_INLINE double nf_v4_total(nf_v4_t x)
-{
-    float lane[4];
-    nf_v4_store(lane, x);
-    return ((double)lane[0] + (double)lane[1]) + ((double)lane[2] + (double)lane[3]);
-}
 
 /* Rows end between vectors of four lanes. */
 NF_INLINE nf_v4_t nf_v4_get(const float *p, int n)
@@ -481,24 +438,14 @@ NF_INLINE void nf_v4_put(float *p, nf_v4_t x, int n)
 #endif
 #define NF_IF_c(what) what
 
-NF_UNUSED static int nf_supports_avx512(void)
-{
-    return NF_IF_avx512(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"));
-}
-
-NF_UNUSED static int nf_supports_avx2(void)
-{
-    return NF_IF_avx2(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
-}
-
-NF_UNUSED static int nf_supports_neon(void)
-{
-    return NF_IF_neon(1);
-}
-
-NF_UNUSED static int nf_supports_c(void)
-{
-    return 1;
-}
+#define NF_SUPPORTS(target, test) \
+    NF_UNUSED static int nf_supports_##target(void) \
+    { \
+        return NF_IF_##target(test); \
+    }
+NF_SUPPORTS(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"))
+NF_SUPPORTS(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+NF_SUPPORTS(neon, 1)
+NF_SUPPORTS(c, 1)
 
 #endif /* NF_SIMD_READY */
