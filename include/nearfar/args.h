@@ -652,4 +652,7 @@ NF_BOTH nf_unit nf_unit_at(const nf_contract *c, const nf_plan *p, int64_t unit,
 }
 #undef NF_AT
 
+/* Elements from a tensor's data to the row of a head and token. */
+#define NF_PLACE(tensor, head, token) ((head) * (tensor).head_stride + (token) * (tensor).token_stride)
+
 #endif /* NF_ARGS_READY */

@@ -14,6 +14,9 @@
 #define NF_UNROLL_BY_4 _Pragma("GCC unroll 4")
 #endif
 
+/* For i from 0 to below n, unrolled: arrays over i are registers. */
+#define NF_EACH(i, n) NF_UNROLL for (int i = 0; i < (n); i++)
+
 /* What compilers do on vectors of their own accord. */
 #define NF_NOTHING
 #define NF_VECTOR(attributes, set) \
