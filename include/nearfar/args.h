@@ -49,7 +49,7 @@ typedef struct nf_contract {
                   const nf_state_unit *a, const nf_state_unit *b);
 } nf_contract;
 
-/* One unit of work: the queries of one group of heads against their kv head, all strides resolved. */
+/* One unit of work: the queries of one group of heads against their kv head. */
 typedef struct nf_unit {
     const void *q, *k, *v;
     void *out;
@@ -86,7 +86,7 @@ typedef struct nf_plan {
 
 typedef void (*nf_unit_fn)(const nf_unit *unit, void *workspace);
 
-/* a * b of non-negative numbers, or -1 where the product (or an operand) leaves the range of sizes. */
+/* a * b, or -1 where the product (or an operand) leaves the range of sizes. */
 static int64_t nf_product(int64_t a, int64_t b)
 {
     const int64_t limit = sizeof(size_t) < 8 ? INT32_MAX : (int64_t)1 << 47;
@@ -169,13 +169,13 @@ NF_BOTH inline int nf_finite(float x)
     return (nf_bits(x) & 0x7f800000u) != 0x7f800000u;
 }
 
-/* Is this the lse of a query that saw no key, -inf? Told from the bits, as everything about NaN and inf. */
+/* Is this the lse of a query that saw no key, -inf? */
 NF_BOTH inline int nf_unseen(float lse)
 {
     return nf_bits(lse) == 0xff800000u;
 }
 
-/* x > limit >= 0, or x is NaN; told from the bits, so that no compiler flag changes the answer. */
+/* x > limit >= 0, or NaN; from the bits: no compiler flag changes the answer. */
 NF_BOTH inline int nf_beyond(float x, float limit)
 {
     const uint32_t bits = nf_bits(x);
@@ -194,7 +194,6 @@ NF_BOTH float nf_power_of_two(float step)
     return x;
 }
 
-/* Do the bytes [a, a + na) and [b, b + nb) meet? */
 static int nf_overlap(const void *a, size_t na, const void *b, size_t nb)
 {
     const uintptr_t x = (uintptr_t)a, y = (uintptr_t)b;
@@ -213,7 +212,7 @@ NF_BOTH const nf_projection_head *nf_projection_at(const nf_args *a, int64_t hea
                                                       (size_t)head * a->projection_stride);
 }
 
-/* The hash that ties a state to the features, the scale, the decay and the pattern it was made with. */
+/* What ties a state to the features, scale, decay and pattern it was made with. */
 NF_BOTH uint64_t nf_state_hash(const nf_contract *c, const nf_plan *p, int64_t unit)
 {
     const nf_args *a = &p->args;
@@ -239,7 +238,6 @@ NF_BOTH nf_state_unit *nf_state_at(const nf_plan *p, int64_t unit)
     return (nf_state_unit *)(void *)((char *)p->args.state + sizeof(nf_state_head) + (size_t)unit * p->state_unit);
 }
 
-/* Is a state's head that of the plan's states? */
 NF_BOTH int nf_state_fits(const nf_contract *c, const nf_plan *p, const nf_state_head *head)
 {
     return head->magic == NF_MAGIC_STATE && head->abi == NF_CORE_ABI && head->contract == c->hash &&
@@ -261,7 +259,7 @@ static nf_status nf_check_eps(const nf_contract *c, nf_args *a)
     return NF_OK;
 }
 
-/* Sizes, heads, mask, scale, decay, eps and packing; fills in the defaults. Reads no tensor. */
+/* Sizes, heads, mask, scale, decay, eps and packing, with their defaults. Reads no tensor. */
 static nf_status nf_check_shape(const nf_contract *c, const nf_args *args, nf_plan *p)
 {
     nf_args *a = &p->args;
@@ -339,7 +337,7 @@ static nf_status nf_check_shape(const nf_contract *c, const nf_args *args, nf_pl
     return NF_OK;
 }
 
-/* Bytes from the first projection of the call to the end of its last. */
+/* Bytes from the call's first projection to the end of its last. */
 static size_t nf_projection_extent(const nf_plan *p)
 {
     const nf_args *a = &p->args;
@@ -391,7 +389,6 @@ static nf_status nf_check_state(const nf_plan *p)
     return NF_OK;
 }
 
-/* The memory that a call reads and writes. */
 typedef struct nf_part {
     const void *at;
     size_t bytes;
@@ -479,7 +476,6 @@ static nf_status nf_claim_tensor(nf_memory *m, const nf_contract *c, int64_t dim
     return part->bytes && !nf_aligned(data, c->element) ? NF_E_ALIGN : NF_OK;
 }
 
-/* Claim the constants of a call: projections, borders and what only the operator has. */
 static void nf_claim_constants(const nf_plan *p, nf_memory *m)
 {
     const nf_args *a = &p->args;
@@ -495,7 +491,6 @@ static void nf_claim_constants(const nf_plan *p, nf_memory *m)
 #define NF_CLAIM_K(m, dim, tensor, written) \
     nf_claim_tensor(m, c, dim, a->batch, a->kv_tokens, a->kv_heads, NF_TENSOR(tensor), written)
 
-/* Claim what every call reads. */
 static nf_status nf_check_inputs(nf_plan *p, nf_memory *m)
 {
     const nf_contract *c = p->contract;
@@ -518,14 +513,14 @@ static nf_status nf_check_workspace(nf_memory *m, const nf_contract *c, const vo
     return bytes < c->workspace ? NF_E_WORKSPACE : NF_OK;
 }
 
-/* Everything about a forward or decode call. Writes nothing but *p. */
+/* Everything about a forward or decode. Writes nothing but *p. */
 NF_UNUSED static nf_status nf_check(const nf_contract *c, const nf_args *args, void *workspace, size_t bytes,
                                     int decode, nf_plan *p)
 {
     const int stateful = c->features || c->block;
     nf_status status = nf_check_shape(c, args, p);
     nf_args *a = &p->args;
-    const int alone = (a->flags & NF_NO_KEYS) != 0; /* a decode then takes in nothing, and needs no causal mask */
+    const int alone = (a->flags & NF_NO_KEYS) != 0; /* a decode then takes in nothing */
     nf_memory m;
     m.count = 0;
     if (status != NF_OK)
@@ -549,7 +544,7 @@ NF_UNUSED static nf_status nf_check(const nf_contract *c, const nf_args *args, v
     return nf_meet(&m) ? NF_E_OVERLAP : NF_OK;
 }
 
-/* Everything about a backward call; *g becomes the caller's grads with the dense strides filled in. */
+/* Everything about a backward; *g becomes grads with dense strides filled in. */
 NF_UNUSED static nf_status nf_check_backward(const nf_contract *c, const nf_args *args, const nf_grads *grads,
                                              nf_grads *g, void *workspace, size_t bytes, nf_plan *p)
 {

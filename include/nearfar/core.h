@@ -24,7 +24,7 @@ extern "C" {
 /* Workspaces, projections and states start at a multiple of this many bytes, and their sizes are multiples of it. */
 #define NF_ALIGN 64
 
-/* Every status: name, value, what was wrong. On any status but NF_OK nothing has been written. */
+/* Name, value, what was wrong. */
 #define NF_STATUS_LIST(X) \
     X(NF_OK, 0, "ok") \
     X(NF_E_NULL, -1, \
@@ -77,7 +77,6 @@ typedef enum nf_status {
         NF_STATUS_COUNT = 25
 } nf_status;
 
-/* The sentence that belongs to a status. */
 NF_UNUSED static const char *nf_status_text(nf_status status)
 {
     switch (status) {
@@ -107,7 +106,7 @@ typedef struct nf_output {
     int64_t batch_stride, token_stride, head_stride;
 } nf_output;
 
-/* The arguments of every forward and decode. Sizes are counts, all of them signed 64 bit. */
+/* The arguments of every call; sizes are counts. */
 typedef struct nf_args {
     int64_t batch;     /* at least 1 */
     int64_t heads;     /* query heads, at least 1 */
@@ -135,13 +134,13 @@ typedef struct nf_args {
 } nf_args;
 
 #define NF_UNNORMALISED 1u /* linear: out_i = sum_j A_ij v_j, not divided by sum_j A_ij */
-/* Queries alone, in a forward or decode of favor and linear: kv_tokens is 0 and means none, k and v are not read, and
- * under either mask every query sees all that the state holds, which is only read. With keys NF_E_TOKENS, without a
- * state NF_E_NULL, with decay NF_E_DECAY, of other operators and in a backward NF_E_VALUE. */
+/* Queries alone, in a forward or decode of favor and linear: kv_tokens is 0, k and v are not read, and every query
+ * sees all that the state holds, which is only read. With keys NF_E_TOKENS, without a state NF_E_NULL, with decay
+ * NF_E_DECAY, of other operators and in a backward NF_E_VALUE. */
 #define NF_NO_KEYS 2u
 
-/* What the backward of a forward call takes and gives. Tensors [batch, token, head, dim] as in nf_args; lse and dlse
- * [batch, heads, q_tokens]. Written are dq, dk and dv, all of them, and nothing is added to what they held. */
+/* What a backward takes and gives, tensors and lse as in nf_args. Of dq, dk and dv everything is written, nothing
+ * added to. */
 typedef struct nf_grads {
     nf_input out, dout; /* the forward's output, and the loss's gradient by it */
     const float *lse;   /* the forward's lse */
@@ -202,8 +201,7 @@ typedef struct nf_state_unit {
 typedef nf_status nf_forward_fn(const nf_args *args, void *workspace, size_t bytes);
 typedef nf_status nf_backward_fn(const nf_args *args, const nf_grads *grads, void *workspace, size_t bytes);
 
-/* One way to run a kernel. Variants of one kernel are interchangeable; a variant run where supported() is 0 returns
- * NF_E_UNSUPPORTED. */
+/* One way to run a kernel; NF_E_UNSUPPORTED where supported() is 0. */
 typedef struct nf_variant {
     const char *name;   /* also the symbol's stem: <name>_forward, _decode, _backward */
     const char *target; /* instruction set */

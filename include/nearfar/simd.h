@@ -17,7 +17,6 @@
 /* For i from 0 to below n, unrolled: arrays over i are registers. */
 #define NF_EACH(i, n) NF_UNROLL for (int i = 0; i < (n); i++)
 
-/* What compilers do on vectors of their own accord. */
 #define NF_NOTHING
 #define NF_VECTOR(attributes, set) \
     typedef float set##_unaligned __attribute__((vector_size(sizeof(set##_t)), aligned(4), may_alias)); \
@@ -68,13 +67,13 @@
 
 #define NF_V16 __attribute__((target("avx512f,avx512dq")))
 #define NF_V16_LANES 16
-/* Masks that mask nothing: g++ 12 warns about the intrinsics without masks (GCC bug 105593). */
+/* Masks that mask nothing: g++ 12 warns of intrinsics without (GCC bug 105593). */
 #define NF_ALL16 ((__mmask16)0xffff)
 #define NF_ALL8 ((__mmask8)0xff)
 typedef __m512 nf_v16_t;
 NF_X86_VECTOR(NF_V16, nf_v16, _mm512)
 
-/* Load or store n lanes, n a constant of any size: a whole vector, or what is left of a row. */
+/* n lanes, a constant of any size: a whole vector, or what is left of a row. */
 NF_INLINE NF_V16 nf_v16_t nf_v16_get(const float *p, int n)
 {
     return n >= 16 ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
@@ -108,7 +107,7 @@ NF_INLINE NF_V16 float nf_v16_sum(nf_v16_t x)
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
-/* The sum of the lanes in double precision. */
+/* The sum in double precision. */
 NF_INLINE NF_V16 double nf_v16_total(nf_v16_t x)
 {
     const __m256 low = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 0));
@@ -118,7 +117,7 @@ NF_INLINE NF_V16 double nf_v16_total(nf_v16_t x)
     return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
-/* x = floor(x) + f: the hardware splits and scales, so 2^f is a polynomial on [0, 1) (1.5e-7, exact at 0). */
+/* x = floor(x) + f, split and scaled by the hardware: 2^f is a polynomial on [0, 1) (1.5e-7, exact at 0). */
 NF_INLINE NF_V16 nf_v16_t nf_v16_exp2(nf_v16_t x)
 {
     const nf_v16_t f = _mm512_maskz_reduce_ps(NF_ALL16, x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
@@ -131,7 +130,7 @@ NF_INLINE NF_V16 nf_v16_t nf_v16_exp2(nf_v16_t x)
     return _mm512_maskz_scalef_ps(NF_ALL16, p, x);
 }
 
-/* A block of tokens: dst[d][t] = src[t][d] for t, d below 16, of which the first `dims` d are read and written. */
+/* dst[d][t] = src[t][d] for t, d below 16, of which the first `dims` d are read and written. */
 NF_INLINE NF_V16 void nf_v16_transpose(float *dst, int dst_stride, const float *src, int src_stride, int dims)
 {
     for (int d = 0; d < 16 && d < dims; d += 4) {
@@ -155,7 +154,7 @@ NF_INLINE NF_V16 void nf_v16_transpose(float *dst, int dst_stride, const float *
     }
 }
 
-/* x from lane n on, below it `other`; n from 0 to the number of lanes. */
+/* x from lane n on, below it `other`; n from 0 to all. */
 NF_INLINE NF_V16 nf_v16_t nf_v16_from(nf_v16_t other, nf_v16_t x, int n)
 {
     return _mm512_mask_mov_ps(other, (__mmask16)(0xffffu << n), x);
@@ -397,7 +396,7 @@ NF_INLINE nf_v4_t nf_v4_floor(nf_v4_t x)
     return x;
 }
 
-/* Rounds by truncating what has been made positive: no reliance on the rounding mode or on exact float algebra. */
+/* Rounds by truncating positive numbers: no reliance on rounding mode or exact float algebra. */
 NF_INLINE nf_v4_t nf_v4_exp2(nf_v4_t x)
 {
     const nf_v4_t y = nf_v4_max(nf_v4_set(NF_EXP2_LOWEST), nf_v4_min(nf_v4_set(NF_EXP2_HIGHEST), x));
@@ -426,7 +425,7 @@ NF_INLINE void nf_v4_put(float *p, nf_v4_t x, int n)
         nf_v4_store(p, x);
 }
 
-/* What this processor has. A target that was not compiled in is not there; its functions are null. */
+/* What this processor has. The functions of a target that was not compiled in are null. */
 #if defined(NF_X86)
 #define NF_IF_avx512(what) what
 #define NF_IF_avx2(what) what
