@@ -7,7 +7,6 @@
 #ifndef NF_PROJECTION_READY
 #define NF_PROJECTION_READY
 
-/* The layout of a contract's projection. */
 typedef struct nf_projection_shape {
     uint64_t contract;
     int rows, dim, stride; /* stride: of a column of w, padded to an odd number of cache lines */
@@ -47,8 +46,8 @@ static int64_t nf_whole_root(int64_t x)
 
 #define NF_UNIT 16777216 /* 1 in whole numbers: 2^24, exact in a float */
 
-/* True with probability e^(-x / 2^32): how often does a falling run of random numbers end after an even number?
- * (Forsythe and von Neumann.) */
+/* True with probability e^(-x / 2^32): does a falling run of random numbers end after an even number (Forsythe and
+ * von Neumann)? */
 static int nf_chance(uint64_t *counter, uint32_t x)
 {
     for (int even = 1;; even = !even) {
@@ -59,7 +58,7 @@ static int nf_chance(uint64_t *counter, uint32_t x)
     }
 }
 
-/* A normal number in units of 2^-24, by comparisons alone, so the same everywhere (Karney 2016, algorithm N). */
+/* A normal number in units of 2^-24, by comparisons alone (Karney 2016, algorithm N). */
 static int64_t nf_normal(uint64_t *counter)
 {
     for (;;) {
@@ -81,7 +80,7 @@ static int64_t nf_normal(uint64_t *counter)
 
 enum { NF_MOST_DIM = 256 };
 
-/* One round on a row: permutation, signs and, in every block, the Hadamard transform. Whole numbers below 2^24. */
+/* One round on a row: permutation, signs, in every block the Hadamard transform. Whole numbers below 2^24. */
 static void nf_hadamard(float *row, const int *from, const float *sign, int dim, int block)
 {
     float x[NF_MOST_DIM];
@@ -97,9 +96,9 @@ static void nf_hadamard(float *row, const int *from, const float *sign, int dim,
     memcpy(row, x, (size_t)dim * sizeof(float));
 }
 
-/* The first rows of a random rotation in whole numbers, and what all dim rows sum up to; returns the square of a row's
- * norm. Rounds of permutation, random signs and (blockwise) Hadamard transform (orthogonal random features, Yu et al.
- * 2016, section 4): exactly orthogonal. */
+/* The first rows of a random rotation in whole numbers, and what all dim rows sum up to; returns the square of a
+ * row's norm. Rounds of permutation, signs and Hadamard transform (orthogonal random features, Yu et al. 2016, section
+ * 4). */
 static double nf_rotation_hadamard(float *w, int rows, int dim, uint64_t *counter, int64_t *sum)
 {
     const int block = dim & -dim;
@@ -151,8 +150,8 @@ static int64_t nf_orthonormal(int64_t *x, const float *w, int rows, int dim)
     return norm;
 }
 
-/* The same by Gram-Schmidt of normal vectors, where every rotation is equally likely, in whole numbers too. What is
- * left of a vector may be short and rounded: the second time leaves nothing of that. */
+/* The same by Gram-Schmidt of normal vectors, where every rotation is equally likely. What is left of a vector may be
+ * short and rounded: the second time leaves nothing of that. */
 static double nf_rotation_gram_schmidt(float *w, int rows, int dim, uint64_t *counter, int64_t *sum)
 {
     const int64_t missing = nf_whole_root((int64_t)(dim - rows) * NF_UNIT * NF_UNIT);
@@ -207,7 +206,6 @@ static void nf_sample(const nf_projection_shape *shape, uint64_t seed, uint32_t 
     }
 }
 
-/* A sample, which must not meet the projection. */
 static nf_status nf_check_sample(const nf_projection_shape *shape, const void *projection, const float *x,
                                  int64_t tokens, int64_t stride)
 {
@@ -242,7 +240,6 @@ static nf_status nf_check_calibration(const nf_projection_shape *shape, const vo
     return status;
 }
 
-/* Mean and variance of channel d. */
 static void nf_moments(const float *x, int64_t tokens, int64_t stride, int64_t d, double *mean, double *variance)
 {
     double sum = 0, square = 0;
@@ -288,7 +285,6 @@ static float nf_calibrate(const nf_projection_shape *shape, const nf_calibration
     return (float)constant;
 }
 
-/* The matrix of a projection: the first of its arrays. */
 static float *nf_matrix(void *projection)
 {
     return (float *)(void *)((nf_projection_head *)projection + 1);
@@ -332,7 +328,6 @@ static nf_status nf_projection_init(const nf_projection_shape *shape, void *proj
     return status;
 }
 
-/* What from and read share: the pointers. */
 static nf_status nf_check_matrix(const nf_projection_shape *shape, const void *projection, const float *w)
 {
     if (!projection || !w)
@@ -376,7 +371,7 @@ static nf_status nf_projection_read(const nf_projection_shape *shape, const void
     return NF_OK;
 }
 
-/* A key's norm, cut off at 2^22 (where only absurd means in a calibration lead); NaN passes. */
+/* A key's norm, cut off where only absurd means in a calibration lead; NaN passes. */
 NF_BOTH inline double nf_limit(double norm)
 {
     return norm > 4194304.0 ? 4194304.0 : norm < -4194304.0 ? -4194304.0 : norm;
