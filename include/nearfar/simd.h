@@ -97,23 +97,25 @@ NF_INLINE NF_V16 nf_v16_t nf_v16_min(nf_v16_t a, nf_v16_t b)
     return _mm512_maskz_min_ps(NF_ALL16, a, b);
 }
 
+NF_INLINE NF_V16 __m256 nf_v16_high(nf_v16_t x)
+{
+    return _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 1));
+}
+
 NF_INLINE NF_V16 float nf_v16_sum(nf_v16_t x)
 {
-    const __m256 high = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 1));
-    const __m256 low = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 0));
-    const __m256 half = low + high;
+    const __m256 half = _mm512_castps512_ps256(x) + nf_v16_high(x);
     __m128 s = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
-    s = s + _mm_movehl_ps(s, s);
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+    s += _mm_movehl_ps(s, s);
+    return _mm_cvtss_f32(s + _mm_movehdup_ps(s));
 }
 
 /* The sum in double precision. */
 NF_INLINE NF_V16 double nf_v16_total(nf_v16_t x)
 {
-    const __m256 low = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 0));
-    const __m256 high = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 1));
-    const __m512d all = _mm512_maskz_cvtps_pd(NF_ALL8, low) + _mm512_maskz_cvtps_pd(NF_ALL8, high);
-    const __m256d s = _mm512_maskz_extractf64x4_pd(NF_ALL8, all, 0) + _mm512_maskz_extractf64x4_pd(NF_ALL8, all, 1);
+    const __m512d low = _mm512_maskz_cvtps_pd(NF_ALL8, _mm512_castps512_ps256(x));
+    const __m512d all = low + _mm512_maskz_cvtps_pd(NF_ALL8, nf_v16_high(x));
+    const __m256d s = _mm512_castpd512_pd256(all) + _mm512_maskz_extractf64x4_pd(NF_ALL8, all, 1);
     return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
@@ -121,12 +123,11 @@ NF_INLINE NF_V16 double nf_v16_total(nf_v16_t x)
 NF_INLINE NF_V16 nf_v16_t nf_v16_exp2(nf_v16_t x)
 {
     const nf_v16_t f = _mm512_maskz_reduce_ps(NF_ALL16, x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    nf_v16_t p = _mm512_set1_ps(1.867130279e-3f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.01702988e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.579991342e-2f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.401644501e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931513118e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+    nf_v16_t p = nf_v16_fma(f, nf_v16_set(1.867130279e-3f), nf_v16_set(9.01702988e-3f));
+    p = nf_v16_fma(p, f, nf_v16_set(5.579991342e-2f));
+    p = nf_v16_fma(p, f, nf_v16_set(2.401644501e-1f));
+    p = nf_v16_fma(p, f, nf_v16_set(6.931513118e-1f));
+    p = nf_v16_fma(p, f, nf_v16_set(1.0f));
     return _mm512_maskz_scalef_ps(NF_ALL16, p, x);
 }
 
@@ -225,9 +226,9 @@ NF_INLINE NF_V8 nf_v8_t nf_v8_min(nf_v8_t a, nf_v8_t b)
 
 NF_INLINE NF_V8 float nf_v8_sum(nf_v8_t x)
 {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+    __m128 s = _mm256_castps256_ps128(x) + _mm256_extractf128_ps(x, 1);
+    s += _mm_movehl_ps(s, s);
+    return _mm_cvtss_f32(s + _mm_movehdup_ps(s));
 }
 
 NF_INLINE NF_V8 double nf_v8_total(nf_v8_t x)
@@ -238,10 +239,9 @@ NF_INLINE NF_V8 double nf_v8_total(nf_v8_t x)
 
 NF_INLINE NF_V8 nf_v8_t nf_v8_exp2(nf_v8_t x)
 {
-    const nf_v8_t y = _mm256_max_ps(_mm256_set1_ps(NF_EXP2_LOWEST), _mm256_min_ps(_mm256_set1_ps(NF_EXP2_HIGHEST), x));
+    const nf_v8_t y = nf_v8_max(nf_v8_set(NF_EXP2_LOWEST), nf_v8_min(nf_v8_set(NF_EXP2_HIGHEST), x));
     const __m256i n = _mm256_cvtps_epi32(y);
-    const nf_v8_t f = y - _mm256_cvtepi32_ps(n);
-    const nf_v8_t p = nf_v8_power(f);
+    const nf_v8_t p = nf_v8_power(y - _mm256_cvtepi32_ps(n));
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(n, 23)));
 }
 
@@ -339,10 +339,9 @@ NF_INLINE nf_v4_t nf_v4_min(nf_v4_t a, nf_v4_t b)
 
 NF_INLINE nf_v4_t nf_v4_exp2(nf_v4_t x)
 {
-    const nf_v4_t y = vmaxq_f32(vdupq_n_f32(NF_EXP2_LOWEST), vminq_f32(vdupq_n_f32(NF_EXP2_HIGHEST), x));
+    const nf_v4_t y = nf_v4_max(nf_v4_set(NF_EXP2_LOWEST), nf_v4_min(nf_v4_set(NF_EXP2_HIGHEST), x));
     const int32x4_t n = vcvtnq_s32_f32(y);
-    const nf_v4_t f = vsubq_f32(y, vcvtq_f32_s32(n));
-    const nf_v4_t p = nf_v4_power(f);
+    const nf_v4_t p = nf_v4_power(y - vcvtq_f32_s32(n));
     return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), vshlq_n_s32(n, 23)));
 }
 
