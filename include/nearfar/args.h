@@ -4,7 +4,6 @@
 
 #include <string.h>
 
-/* What a GPU's kernels share with the host. */
 #if defined(__CUDACC__) || defined(__HIPCC__) || defined(__HIP__)
 #define NF_BOTH __attribute__((host, device, unused)) static
 #else
@@ -40,8 +39,7 @@ typedef struct nf_contract {
     float default_scale;   /* 1/sqrt(D), or 1 */
     int decays, full_only; /* takes decay and NF_UNNORMALISED; no causal mask */
     int32_t eps;           /* NF_EPS_... */
-    int device; /* projection, state, decay and cu_tokens lie in a GPU's memory: its kernels look at them, the host
-                   cannot */
+    int device; /* projection, state, decay and cu_tokens lie in a GPU's memory, where the host cannot look */
     /* What only some operators have, or NULL: a pattern or decays, the memory that these take, states that merge. */
     nf_status (*check)(struct nf_plan *plan);
     void (*claim)(const struct nf_plan *plan, struct nf_memory *memory);
@@ -63,11 +61,11 @@ typedef struct nf_unit {
     uint32_t flags;
     const void *projection;
     nf_state_unit *state;
-    const nf_grads *grads; /* the unit's, with token_stride and head_stride as in nf_args; NULL in a forward */
+    const nf_grads *grads; /* the unit's, with strides as in nf_args; NULL in a forward */
     /* of operators over a pattern */
     const struct nf_pattern *pattern;
-    int64_t first_head;           /* the group's first query head: index into what the pattern holds per head */
-    int64_t past;                 /* tokens that the state has seen: the position of the call's first key */
+    int64_t first_head;           /* the group's first query head */
+    int64_t past;                 /* position of the call's first key */
     int64_t window;               /* sparse: tokens; hybrid: whole blocks before the query's own */
     int64_t globals, ring;        /* rows of the state's near field */
     float *near_key, *near_value; /* [globals + ring][D] in the state, or NULL */
@@ -119,7 +117,7 @@ NF_BOTH double nf_sqrt(double x)
 }
 
 /* Natural logarithm of a positive normal float, relative error below 1e-12, without libm. Inline, as nf_lse: a call
- * from code with vectors to code without costs some processors (and GCC does not clear their upper halves) 50 ns. */
+ * from code with vectors to code without costs some processors 50 ns (GCC does not clear upper halves). */
 NF_BOTH_INLINE double nf_log(double x)
 {
     uint64_t bits;
@@ -650,4 +648,4 @@ NF_BOTH nf_unit nf_unit_at(const nf_contract *c, const nf_plan *p, int64_t unit,
 /* Elements from a tensor's data to the row of a head and token. */
 #define NF_PLACE(tensor, head, token) ((head) * (tensor).head_stride + (token) * (tensor).token_stride)
 
-#endif /* NF_ARGS_READY */
+#endif

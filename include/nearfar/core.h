@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-/* Workspaces, projections and states start at a multiple of this many bytes, and their sizes are multiples of it. */
+/* Alignment of workspaces, projections and states, and what their sizes are multiples of. */
 #define NF_ALIGN 64
 
 /* Name, value, what was wrong. */
@@ -148,10 +148,9 @@ typedef struct nf_grads {
     nf_output dq, dk, dv;
 } nf_grads;
 
-/* How a projection is made. A sample of one head's queries and keys (rows of D floats; NULL and 0 tokens: none) fits it
- * to the head: the means are taken out (exact: softmax does not see them), the channels of q and k are balanced by Psi,
- * and the logits are tempered by tau^2, which trades bias for variance. Flags choose how the rows are sampled. Zero
- * fields are defaults. */
+/* How a projection is made; zero fields are defaults. A sample of one head's queries and keys (rows of D floats; NULL
+ * and 0 tokens: none) fits it to the head: the means are taken out (exact: softmax does not see them), the channels of
+ * q and k are balanced by Psi, and the logits tempered by tau^2, which trades bias for variance. */
 typedef struct nf_calibration {
     const float *q, *k;         /* finite, up to 1e15 */
     int64_t q_tokens, k_tokens; /* rows of each sample */
@@ -167,7 +166,7 @@ typedef struct nf_calibration {
 #define NF_SIMPLEX 16u      /* sampling: each D rows form a simplex; 0: they are orthogonal */
 #define NF_KEEP_F32 1u      /* projection_from: do not round the matrix to bf16 */
 
-/* A projection of one contract: this head, then the matrix and the calibration, opaque to the caller. */
+/* A projection of one contract: this head, the matrix, the calibration. */
 typedef struct nf_projection_head {
     uint32_t magic, abi;
     uint64_t contract; /* hash of the contract's name */

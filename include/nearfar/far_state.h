@@ -68,4 +68,4 @@ NF_UNUSED static void nf_far_merge(const nf_contract *c, const nf_state_head *he
     nf_far_join(c, to, a, b, 1);
 }
 
-#endif /* NF_FAR_STATE_READY */
+#endif

@@ -13,10 +13,10 @@ typedef struct nf_projection_shape {
     size_t bytes;
 } nf_projection_shape;
 
-/* The calibration of one head, [dim] each; mean, factor and slope of either side follow each other. */
+/* The calibration of one head, [dim] each; mean, factor and slope of a side follow each other. */
 enum { NF_Q_MEAN, NF_Q_FACTOR, NF_Q_SLOPE, NF_Q_CURVE, NF_K_MEAN, NF_K_FACTOR, NF_K_SLOPE, NF_FIT_ROWS };
 
-/* 64 random bits from a counter (splitmix64, Steele, Lea and Flood 2014). */
+/* 64 random bits (splitmix64, Steele, Lea and Flood 2014). */
 static uint64_t nf_random(uint64_t *counter)
 {
     uint64_t x = *counter += 0x9e3779b97f4a7c15u;
@@ -131,7 +131,7 @@ static double nf_rotation_hadamard(float *w, int rows, int dim, uint64_t *counte
     return square;
 }
 
-/* Take out of x its shares of the rows of w, and bring it to norm 2^24; returns the norm that was left. */
+/* Take out of x its shares of the rows of w, bring it to norm 2^24; returns the norm that was left. */
 static int64_t nf_orthonormal(int64_t *x, const float *w, int rows, int dim)
 {
     int64_t square = 0, norm;
@@ -346,7 +346,7 @@ static nf_status nf_projection_from(const nf_projection_shape *shape, void *proj
         return status;
     if (flags & ~NF_KEEP_F32)
         return NF_E_VALUE;
-    for (int r = 0; r < shape->rows; r++) { /* beyond, exponents would leave the range where whole numbers are exact */
+    for (int r = 0; r < shape->rows; r++) { /* beyond, exponents would not be exact */
         float sum = 0;
         for (int d = 0; d < shape->dim; d++)
             sum += w[r * shape->dim + d] < 0 ? -w[r * shape->dim + d] : w[r * shape->dim + d];
@@ -401,4 +401,4 @@ NF_BOTH float nf_exponent(float x, float limit)
 #define NF_SUM_LIMIT 65536.0f
 #define NF_REFERENCE_LAG 8.0f
 
-#endif /* NF_PROJECTION_READY */
+#endif

@@ -36,4 +36,4 @@ NF_UNUSED static void nf_run(const nf_plan *p, nf_unit_fn run, void *workspace)
     nf_flush(0, mode);
 }
 
-#endif /* NF_RUN_READY */
+#endif

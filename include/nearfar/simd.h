@@ -56,8 +56,7 @@
         return set##_fma(p, f, set##_set(1.0f)); \
     }
 
-/* What is below 2^-126 counts as 2^-126, or as 0 where the hardware scales: beside a sum of at least 1 it does not
- * count. */
+/* What is below 2^-126 counts as that, or as 0 where the hardware scales: beside 1 it does not count. */
 #define NF_EXP2_LOWEST (-126.0f)
 #define NF_EXP2_HIGHEST 126.0f
 
@@ -131,7 +130,7 @@ NF_INLINE NF_V16 nf_v16_t nf_v16_exp2(nf_v16_t x)
     return _mm512_maskz_scalef_ps(NF_ALL16, p, x);
 }
 
-/* dst[d][t] = src[t][d] for t, d below 16, of which the first `dims` d are read and written. */
+/* dst[d][t] = src[t][d] for t, d below 16; of d the first `dims` are read and written. */
 NF_INLINE NF_V16 void nf_v16_transpose(float *dst, int dst_stride, const float *src, int src_stride, int dims)
 {
     for (int d = 0; d < 16 && d < dims; d += 4) {
@@ -449,4 +448,4 @@ NF_SUPPORTS(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"
 NF_SUPPORTS(neon, 1)
 NF_SUPPORTS(c, 1)
 
-#endif /* NF_SIMD_READY */
+#endif

@@ -92,4 +92,4 @@ static nf_status nf_state_merge(const nf_contract *c, void *dst, const void *a, 
     return NF_OK;
 }
 
-#endif /* NF_STATE_READY */
+#endif
