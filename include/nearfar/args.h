@@ -577,14 +577,10 @@ NF_UNUSED static nf_status nf_check_backward(const nf_contract *c, const nf_args
     return nf_meet(&m) ? NF_E_OVERLAP : NF_OK;
 }
 
-NF_BOTH size_t nf_offset(const nf_contract *c, int64_t batch, int64_t token, int64_t head, int64_t batch_stride,
-                         int64_t token_stride, int64_t head_stride)
-{
-    return (size_t)(batch * batch_stride + token * token_stride + head * head_stride) * c->element;
-}
+/* Elements from a tensor's data to the row of a head and token. */
+#define NF_PLACE(tensor, head, token) ((head) * (tensor).head_stride + (token) * (tensor).token_stride)
 #define NF_AT(pointer, tensor, head) \
-    ((pointer)(tensor).data + \
-     nf_offset(c, batch, first, head, (tensor).batch_stride, (tensor).token_stride, (tensor).head_stride))
+    ((pointer)(tensor).data + (size_t)(batch * (tensor).batch_stride + NF_PLACE(tensor, head, first)) * c->element)
 
 NF_BOTH nf_unit nf_unit_at(const nf_contract *c, const nf_plan *p, int64_t unit, nf_grads *grads)
 {
@@ -599,16 +595,30 @@ NF_BOTH nf_unit nf_unit_at(const nf_contract *c, const nf_plan *p, int64_t unit,
     u.q_stride = a->q.token_stride, u.k_stride = a->k.token_stride;
     u.v_stride = a->v.token_stride, u.out_stride = a->out.token_stride;
     u.q_head = a->q.head_stride, u.out_head = a->out.head_stride, u.lse_head = a->q_tokens;
+    if (p->grads && grads) {
+        *grads = *p->grads;
+        u.grads = grads;
+    }
     if (u.q_tokens) {
         u.q = NF_AT(const char *, a->q, head);
         if (!p->grads) {
             u.out = NF_AT(char *, a->out, head);
             u.lse = a->lse ? a->lse + row : NULL;
+        } else if (grads) {
+            grads->out.data = NF_AT(const char *, grads->out, head);
+            grads->dout.data = NF_AT(const char *, grads->dout, head);
+            grads->dq.data = NF_AT(char *, grads->dq, head);
+            grads->lse += row;
+            grads->dlse = grads->dlse ? grads->dlse + row : NULL;
         }
     }
     if (u.kv_tokens) {
         u.k = NF_AT(const char *, a->k, h);
         u.v = NF_AT(const char *, a->v, h);
+        if (u.grads) {
+            grads->dk.data = NF_AT(char *, grads->dk, h);
+            grads->dv.data = NF_AT(char *, grads->dv, h);
+        }
     }
     u.group = p->group;
     u.scale = a->scale, u.eps = a->eps;
@@ -626,26 +636,8 @@ NF_BOTH nf_unit nf_unit_at(const nf_contract *c, const nf_plan *p, int64_t unit,
         u.near_key = (float *)(void *)(u.state + 1) + c->features * (c->values + 2);
         u.near_value = u.near_key + (p->globals + p->ring) * c->dim;
     }
-    if (p->grads && grads) {
-        *grads = *p->grads;
-        if (u.q_tokens) {
-            grads->out.data = NF_AT(const char *, grads->out, head);
-            grads->dout.data = NF_AT(const char *, grads->dout, head);
-            grads->dq.data = NF_AT(char *, grads->dq, head);
-            grads->lse += row;
-            grads->dlse = grads->dlse ? grads->dlse + row : NULL;
-        }
-        if (u.kv_tokens) {
-            grads->dk.data = NF_AT(char *, grads->dk, h);
-            grads->dv.data = NF_AT(char *, grads->dv, h);
-        }
-        u.grads = grads;
-    }
     return u;
 }
 #undef NF_AT
-
-/* Elements from a tensor's data to the row of a head and token. */
-#define NF_PLACE(tensor, head, token) ((head) * (tensor).head_stride + (token) * (tensor).token_stride)
 
 #endif
