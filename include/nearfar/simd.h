@@ -164,6 +164,27 @@ NF_INLINE NF_V16 nf_v16_t nf_v16_from(nf_v16_t other, nf_v16_t x, int n)
     return _mm512_mask_mov_ps(other, (__mmask16)(0xffffu << n), x);
 }
 
+/* The upper lanes of a and b by turns; two floats by turns; from such, the sums of a's and b's in the upper lanes. */
+NF_INLINE NF_V16 nf_v16_t nf_v16_upper(nf_v16_t a, nf_v16_t b)
+{
+    const __m512i turns = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    return _mm512_permutex2var_ps(a, turns, b);
+}
+
+NF_INLINE NF_V16 nf_v16_t nf_v16_pair(const float *p)
+{
+    double both;
+    memcpy(&both, p, sizeof both);
+    return _mm512_castpd_ps(_mm512_set1_pd(both));
+}
+
+NF_INLINE NF_V16 nf_v16_t nf_v16_to_upper(nf_v16_t x)
+{
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
+    const nf_v16_t sums = x + _mm512_maskz_permute_ps(NF_ALL16, x, 0xb1);
+    return _mm512_maskz_permutexvar_ps(NF_ALL16, even, sums);
+}
+
 /* Is any lane above the limit, or NaN? */
 NF_INLINE NF_V16 int nf_v16_above(nf_v16_t x, float limit)
 {
