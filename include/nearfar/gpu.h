@@ -29,6 +29,15 @@ extern "C++" {
 #define NF_UNROLLED_BY(n) NF_PRAGMA(unroll n)
 #define NF_PRAGMA(text) _Pragma(#text)
 
+/* p, which points to global memory. Of a pointer that itself lies in shared memory the compiler cannot know that: it
+ * would load as if it could be either. */
+#define NF_GMEM(p) \
+    __extension__({ \
+        __typeof__(p) nf_at = (p); \
+        __builtin_assume(__isGlobal(nf_at)); \
+        nf_at; \
+    })
+
 typedef struct __attribute__((aligned(16), may_alias)) nf_float4 { /* 16 bytes of anything */
     float x, y, z, w;
 } nf_float4;
@@ -265,6 +274,8 @@ extern "C++" {
 #define NF_UNROLLED _Pragma("unroll")
 #define NF_UNROLLED_BY(n) NF_PRAGMA(unroll n)
 #define NF_PRAGMA(text) _Pragma(#text)
+
+#define NF_GMEM(p) ((__typeof__(p))(__attribute__((address_space(1))) char *)(uintptr_t)(p))
 
 typedef struct __attribute__((aligned(16), may_alias)) nf_float4 { /* 16 bytes of anything */
     float x, y, z, w;

@@ -82,6 +82,7 @@ void simt_access(const void *at, size_t bytes, int write, int line);
 #define NF_DEVICE static inline __attribute__((unused))
 #define NF_UNROLLED
 #define NF_UNROLLED_BY(n)
+#define NF_GMEM(p) (p)
 
 typedef struct nf_float4 {
     float x, y, z, w;
