@@ -259,6 +259,61 @@ def test_the_host_of_amd(folder: Path) -> None:
         assert called in (folder / "out.s").read_text(encoding="utf-8")
 
 
+RUNTIME = """
+#include <stdio.h>
+#include <string.h>
+#include <hip/hip_runtime_api.h>
+#include "nf_{contract}_hip.h"
+static int current, asked, fails;
+static const char *const names[] = {{"gfx90a:sramecc+", "gfx942", "gfx1030"}};
+hipError_t hipGetDevice(int *device) {{ *device = current; return hipSuccess; }}
+hipError_t hipDeviceGetAttribute(int *most, hipDeviceAttribute_t, int) {{ asked++; *most = 65536; return hipSuccess; }}
+hipError_t hipGetDeviceProperties(hipDeviceProp_t *p, int device)
+{{
+    strcpy(p->gcnArchName, names[device % 3]);
+    return fails ? (hipError_t)1 : hipSuccess;
+}}
+hipError_t hipLaunchKernel(const void *, dim3, dim3, void **, size_t, hipStream_t) {{ return hipSuccess; }}
+extern "C" hipError_t __hipPopCallConfiguration(dim3 *, dim3 *, size_t *, hipStream_t *) {{ return hipSuccess; }}
+extern "C" void **__hipRegisterFatBinary(const void *) {{ return nullptr; }}
+extern "C" void __hipUnregisterFatBinary(void **) {{}}
+extern "C" void __hipRegisterFunction() {{}}
+int main()
+{{
+    const int devices[] = {{0, 0, 1, 1, 2, 0, 1, 33, 33}};
+    for (fails = 1; fails >= 0; fails--)
+        for (int device : devices) {{
+            int32_t count;
+            const nf_variant *v = nf_{contract}_hip_variants(&count);
+            current = device, asked = 0;
+            printf("%d:", device);
+            for (; count > 0; count--, v++)
+                v->supported() ? printf(" %s", v->target) : 0;
+            printf(" %d\\n", asked);
+        }}
+}}
+"""
+
+
+def test_the_device_is_asked_once(tmp_path: Path) -> None:
+    """Each variant, each device, whichever was asked before; again where the runtime did not answer."""
+    contract = "exact_bf16_d16"
+    generate(tmp_path, contract, "--backend", "hip", "--variants", "gfx90a_c64_r1x4,gfx942_c64_r1x4,simt_c16_r8x1")
+    (tmp_path / "kernel.hip").write_text(
+        f'#define NEARFAR_IMPLEMENTATION\n#include "nf_{contract}_hip.h"\n', encoding="utf-8"
+    )
+    (tmp_path / "main.cpp").write_text(RUNTIME.format(contract=contract), encoding="utf-8")
+    host = "-x hip --cuda-host-only --offload-arch=gfx90a -nogpulib -nogpuinc -Xclang -fcuda-include-gpubinary".split()
+    host += ["-Xclang", "/dev/null"]  # no kernels
+    include = ["-I", ROOT / "tests" / "simt"]
+    run(clang(), *host, *include, "-c", tmp_path / "kernel.hip", "-o", tmp_path / "kernel.o")
+    run("g++", *include, tmp_path / "main.cpp", tmp_path / "kernel.o", "-o", tmp_path / "main")
+    silent = "0: simt 3|0: simt 2|1: simt 3|1: simt 2|2: simt 3|0: simt 2|1: simt 2|33: simt 3|33: simt 3"
+    first = "0: gfx90a simt 2|0: gfx90a simt 0|1: gfx942 simt 2|1: gfx942 simt 0|2: simt 2"
+    later = "0: gfx90a simt 0|1: gfx942 simt 0|33: gfx90a simt 3|33: gfx90a simt 3"  # beyond 32 nothing is kept
+    assert run(tmp_path / "main").split() == f"{silent}|{first}|{later}".replace("|", " ").split()
+
+
 PROBE = """
 #include <string.h>
 #include "nearfar/core.h"

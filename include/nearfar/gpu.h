@@ -866,6 +866,12 @@ enum { NF_CHECK_BLOCKS = 32 };
 
 typedef void (*nf_kernel)(nf_work work);
 
+/* Of a variant: whether it runs on a device, 1 no, 2 yes, 0 not asked yet. Later devices are asked for each time. */
+enum { NF_DEVICES = 32 };
+typedef struct nf_support {
+    signed char answer[NF_DEVICES];
+} nf_support;
+
 #if defined(NEARFAR_SIMT)
 
 typedef struct nf_entry {
@@ -879,20 +885,15 @@ SIMT_ENTER nf_enter(const void *context)
     entry->kernel(*entry->work);
 }
 
-/* Has the device so much shared memory for a block? */
-NF_UNUSED static int nf_device_offers(size_t shared)
+/* Does a variant run here? Its fragments are for warps of their own size. */
+NF_UNUSED static int nf_supported(nf_support *known, const char *target, int fragments, nf_kernel kernel, size_t shared)
 {
-    return shared <= simt.shared_limit;
-}
-
-/* Is this the GPU that a target is for, and has the kernel been compiled for it? */
-NF_UNUSED static int nf_device_is(const char *target, int fragments, nf_kernel kernel)
-{
-    (void)target, (void)kernel;
+    (void)known, (void)kernel; /* tests change what is here */
 #ifdef NF_FRAGMENTS
-    return fragments == NF_FRAGMENTS && simt.warp == NF_FRAGMENT_LANES;
+    return (!target || (fragments == NF_FRAGMENTS && simt.warp == NF_FRAGMENT_LANES)) && shared <= simt.shared_limit;
 #else
-    return 0;
+    (void)fragments;
+    return !target && shared <= simt.shared_limit;
 #endif
 }
 
@@ -906,39 +907,42 @@ NF_UNUSED static nf_status nf_launch(nf_kernel kernel, const nf_work *work, int6
 
 #else
 
-NF_UNUSED static int nf_device_offers(size_t shared)
+/* Is the device what a target is for (NULL: any is), has the kernel been compiled for it, and has it so much shared
+ * memory for a block? -1: the runtime does not say. */
+NF_UNUSED static int nf_ask(int device, const char *target, nf_kernel kernel, size_t shared)
 {
-    int device, most = 0;
-    if (NF_GPU(GetDevice)(&device) != NF_GPU(Success))
-        return 0;
-#if defined(__CUDACC__)
-    if (cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
-        return 0;
-#else
-    if (hipDeviceGetAttribute(&most, hipDeviceAttributeMaxSharedMemoryPerBlock, device) != hipSuccess)
-        return 0;
-#endif
-    return shared <= (size_t)most;
-}
-
-/* Is this the GPU that a target is for, and has the kernel been compiled for it? */
-NF_UNUSED static int nf_device_is(const char *target, int fragments, nf_kernel kernel)
-{
+    int most = 0;
 #if defined(__CUDACC__)
     cudaFuncAttributes a;
-    (void)target, (void)fragments;
-    return cudaFuncGetAttributes(&a, (const void *)kernel) == cudaSuccess && a.ptxVersion >= 80;
+    if (cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess ||
+        (target && cudaFuncGetAttributes(&a, (const void *)kernel) != cudaSuccess))
+        return -1;
+    return shared <= (size_t)most && (!target || a.ptxVersion >= 80);
 #else
-    static thread_local hipDeviceProp_t p; /* asked for once: every call wants to know */
-    static thread_local int known = -1;
-    int device;
-    (void)fragments, (void)kernel;
-    if (hipGetDevice(&device) != hipSuccess)
-        return 0;
-    if (device != known)
-        known = hipGetDeviceProperties(&p, device) == hipSuccess ? device : -1;
-    return device == known && strncmp(p.gcnArchName, target, strlen(target)) == 0;
+    hipDeviceProp_t p;
+    (void)kernel;
+    if (hipDeviceGetAttribute(&most, hipDeviceAttributeMaxSharedMemoryPerBlock, device) != hipSuccess ||
+        (target && hipGetDeviceProperties(&p, device) != hipSuccess))
+        return -1;
+    return shared <= (size_t)most && (!target || strncmp(p.gcnArchName, target, strlen(target)) == 0);
 #endif
+}
+
+/* Does a variant run on the current device? The runtime is asked once for each; threads that ask at the same time write
+ * the same. */
+NF_UNUSED static int nf_supported(nf_support *known, const char *target, int fragments, nf_kernel kernel, size_t shared)
+{
+    int device, answer;
+    (void)fragments;
+    if (NF_GPU(GetDevice)(&device) != NF_GPU(Success))
+        return 0;
+    answer = device < NF_DEVICES ? __atomic_load_n(&known->answer[device], __ATOMIC_RELAXED) : 0;
+    if (answer)
+        return answer - 1;
+    answer = nf_ask(device, target, kernel, shared);
+    if (answer >= 0 && device < NF_DEVICES)
+        __atomic_store_n(&known->answer[device], (signed char)(answer + 1), __ATOMIC_RELAXED);
+    return answer > 0;
 }
 
 /* Blocks (x, y) of a kernel on the call's stream: nothing is allocated and nothing waits, so a graph can capture it. */
