@@ -235,19 +235,62 @@ def clang() -> str:
 SIMT_ON_AMD = ("favor_cosh_f32_d64_m128", "hybrid_cosh_f32_d64_m128_b64")  # wherever there are no matrix units
 
 
+AMD_CONTRACTS = tuple(c for c in CONTRACTS if "d128_m256" not in c and c != "exact_f32_d128")
+
+
+def usage(log: str) -> dict[str, dict[str, int]]:
+    """Of everything that clang tells: kernel, what, number."""
+    found = {}
+    for part in log.split("Function Name: ")[1:]:
+        numbers = re.findall(r"remark: +([A-Za-z ]+?)(?: \[\S+\])?: (\d+) ", part)
+        found[part.split()[0]] = {what: int(number) for what, number in numbers}
+    return found
+
+
+def documented() -> tuple[str, dict[tuple[str, str], dict[str, str]]]:
+    """The table of docs/gpu.md: whose it is, and of a contract and a tile the columns."""
+    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    head, body = re.findall(r"(clang \d+\.\d+\.\d+).*\n\n(\| AMD \|.*\n(?:\|.*\n)+)", text)[0]
+    lines = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in body.splitlines()]
+    return head, {(cells[0], cells[1].split("_", 1)[1]): dict(zip(lines[0], cells)) for cells in lines[2:]}
+
+
 @pytest.mark.parametrize("arch", AMD)
-def test_amd(arch: str, folder: Path) -> None:
-    """The device's part compiles with clang alone, and no kernel spills a vector register. What has no matrix units
-    is the same code everywhere: all of it is compiled for gfx90a, the two largest for each."""
+def test_amd(arch: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The device's part compiles with clang alone, no kernel spills a vector register or has memory of its own, and
+    the table says what it takes. What has no matrix units is the same code everywhere: all of it is compiled for
+    gfx90a, the two largest for each. (-s shows the numbers.)"""
     flags = [*AMD_FLAGS, f"--offload-arch={arch}", "-Rpass-analysis=kernel-resource-usage"]
-    for contract in (c for c in CONTRACTS if "d128_m256" not in c and c != "exact_f32_d128"):
-        matrix = any(v.target in arch for v in default(parse(contract), "hip"))
-        if not matrix and contract not in SIMT_ON_AMD and arch != "gfx90a":
+    version, table = documented()
+    same = version in run(clang(), "--version")
+    for contract in AMD_CONTRACTS:
+        variants = [v for v in default(parse(contract), "hip") if v.target == "simt" or arch.startswith(v.target)]
+        if variants[0].target == "simt" and contract not in SIMT_ON_AMD and arch != "gfx90a":
             continue
         source = folder / f"{contract}.hip"
-        log = run(clang(), *flags, "-I", ROOT / "tests" / "simt", source, "-o", folder / "out.s")
-        assert "_kernel" in log and "VGPRs Spill" in log
-        assert set(re.findall(r"VGPRs Spill: (\d+)", log)) == {"0"}, log
+        found = usage(run(clang(), *flags, "-I", ROOT / "tests" / "simt", source, "-o", folder / "out.s"))
+        assert {numbers["VGPRs Spill"] for numbers in found.values()} == {0}, found
+        for variant in variants:
+            numbers = next(n for k, n in found.items() if f"_{variant.suffix}_kernel" in k)
+            matrix = f" + {numbers['AGPRs']}" if numbers.get("AGPRs") else ""
+            cell = f"{numbers['VGPRs']}{matrix}, {numbers['Occupancy']}"
+            with capsys.disabled():
+                print(f"{arch} {contract} {variant.suffix}: {cell}")
+            assert numbers["ScratchSize"] == 0
+            row = table[contract, variant.suffix.split("_", 1)[1]]
+            assert not same or row.get(arch, cell) == cell, f"docs/gpu.md: {contract} {variant.suffix} on {arch}"
+
+
+def test_shared_memory_on_amd(folder: Path) -> None:
+    """As the table says."""
+    text = '#include "simt/simt.h"\n#define NEARFAR_STATIC\n'
+    text += "".join(f'#include "nf_{c}_hip.h"\n' for c in AMD_CONTRACTS)
+    for (contract, _), cells in documented()[1].items():
+        text += (
+            f'_Static_assert(sizeof(nf_{contract}_hip_{cells["variant"]}_space) == {cells["LDS, bytes"]}, "docs");\n'
+        )
+    (folder / "shared.c").write_text(text, encoding="utf-8")
+    run("gcc", "-std=c11", "-fsyntax-only", "-I", ROOT / "tests", folder / "shared.c")
 
 
 def test_the_host_of_amd(folder: Path) -> None:
@@ -328,7 +371,7 @@ NF_KERNEL(64, 1) probe(const uint16_t *in, float *out)
 {
     uint16_t *s = (uint16_t *)nf_shared();
     nf_sums c;
-    nf_copy_async(s + 8 * nf_thread(), in + 8 * nf_thread(), 16);
+    nf_copy_async(s + 8 * nf_thread(), in + 8 * nf_thread(), 1);
     nf_copy_commit();
     nf_copy_wait(0);
     nf_barrier();

@@ -231,13 +231,13 @@ NF_DEVICE void nf_mma_f16_16x8(float *c, const uint32_t *a, const uint32_t *b)
 #endif
 }
 
-/* Copy 16 bytes to shared memory behind the program's back, the last 16 - given of them zeros; what was committed in a
- * group is there after the wait that leaves fewer groups open. */
-NF_DEVICE void nf_copy_async(void *to, const void *from, int given)
+/* Copy 16 bytes to shared memory behind the program's back, zeros if they are not there; what was committed in a group
+ * has landed after the wait that leaves fewer groups open. */
+NF_DEVICE void nf_copy_async(void *to, const void *from, int there)
 {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
-                 "l"(from), "r"(given)
+                 "l"(from), "r"(there ? 16 : 0)
                  : "memory");
 #endif
 }
@@ -406,16 +406,16 @@ NF_DEVICE uint16_t nf_f16_round(float x)
     return __builtin_bit_cast(uint16_t, (_Float16)x);
 }
 
-/* No copies behind the program's back here: what was copied is there at once. */
-NF_DEVICE void nf_copy_async(void *to, const void *from, int given)
+/* No copies behind the program's back here: what was copied is there at once. (A vector, as clang keeps a struct of 16
+ * bytes in a thread's memory.) */
+typedef uint32_t nf_copied __attribute__((ext_vector_type(4), may_alias));
+
+NF_DEVICE void nf_copy_async(void *to, const void *from, int there)
 {
-    nf_float4 x = {0, 0, 0, 0};
-    if (given == 16)
-        x = *(const nf_float4 *)from;
-    else
-        for (int i = 0; i < given / 2; i++)
-            ((uint16_t *)&x)[i] = ((const uint16_t *)from)[i];
-    *(nf_float4 *)to = x;
+    nf_copied x = 0;
+    if (there)
+        x = *(const nf_copied *)from;
+    *(nf_copied *)to = x;
 }
 
 NF_DEVICE void nf_copy_commit(void)
