@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from conftest import ROOT, STRICT, STRICT_C, generate, need, run
 
 sys.path.insert(0, str(ROOT))
 
-from generator.contract import parse
-from generator.space import default
+from generator.contract import Contract, parse
+from generator.render import Recipe, render
+from generator.space import SPACE, Variant, default, space
 
 CONTRACTS = (
     "favor_cosh_f32_d64_m128",
@@ -161,6 +163,76 @@ def test_nvidia(contract: str, folder: Path, capsys: pytest.CaptureFixture[str])
             if "_kernel" in kernel or spilled:
                 print(f"{arch} {kernel}: {registers} registers, {spilled} bytes spilled, {stack} bytes of stack")
     assert [row for row in found if row[4]] == [], "spills"
+
+
+# Compile quickly; of some tiles and chunks no smaller contract has a variant.
+SMALL = (
+    "favor_exp_bf16_d16_m96",
+    "favor_cosh_f16_d32_m64",
+    "linear_elu_bf16_d16",
+    "linear_relu_f16_d48",
+    "linear_identity_bf16_d80",
+    "linear_elu_bf16_d96",
+    "linear_elu_bf16_d112",
+    "exact_bf16_d16",
+    "exact_f32_d32",
+    "sparse_f16_d16_b16",
+    "hybrid_exp_bf16_d16_m64_b16",
+)
+
+
+def traits(contract: Contract, variant: Variant) -> set[tuple[str, object]]:
+    """What a tuner chooses among, and what it is chosen for; on matrix units, tiles of each operator."""
+    tile = f"{variant.r}x{variant.x}"
+    some = (contract.operator, contract.dtype, tile, variant.c, f"s{variant.s}", (contract.operator, tile))
+    return {(variant.target, one) for one in (some if variant.target != "simt" else some[:-1])}
+
+
+def sample(backend: str, target: str) -> dict[Contract, list[Variant]]:
+    """Variants that only a tuner generates: every tile, chunk, segment, operator and dtype of a target and of simt at
+    least once, as few variants as a greedy choice finds. Without what test_nvidia or test_amd compile."""
+
+    def of(
+        names: tuple[str, ...], variants: Callable[[Contract, str], list[Variant]]
+    ) -> list[tuple[Contract, Variant]]:
+        return [(c, v) for c in map(parse, names) for v in variants(c, backend) if v.target in (target, "simt")]
+
+    candidates = of(SMALL, space)
+    left = {trait for one in candidates for trait in traits(*one)}
+    for (_, where), table in SPACE.items():
+        for name in {target, "simt"} & table.keys() if where == backend else ():
+            left |= {(name, tile) for tile in table[name]}
+            left |= {(name, c) for chunks in table[name].values() for c in chunks}
+    left -= {trait for one in of(CONTRACTS, default) for trait in traits(*one)}
+    chosen: dict[Contract, list[Variant]] = {}
+    while left:
+        contract, variant = max(candidates, key=lambda one: len(traits(*one) & left))
+        assert traits(contract, variant) & left, f"no small contract has {left}"
+        left -= traits(contract, variant)
+        chosen.setdefault(contract, []).append(variant)
+    return chosen
+
+
+@pytest.mark.parametrize(("backend", "target"), [("cuda", "sm80"), ("hip", "gfx90a")])
+def test_what_a_tuner_may_choose(backend: str, target: str, tmp_path: Path) -> None:
+    """Compiles without a warning and without spills, as what is shipped."""
+    source, text = tmp_path / "tuned.cu", "#define NEARFAR_IMPLEMENTATION\n"
+    for contract, variants in sample(backend, target).items():
+        recipe = Recipe(contract, backend, tuple(variants))
+        (tmp_path / recipe.file_name).write_text(render(recipe), encoding="utf-8")
+        text += f'#include "{recipe.file_name}"\n'
+    source.write_text(text, encoding="utf-8")
+    if backend == "cuda":
+        flags = ["-arch=sm_80", "-cubin", "-Werror", "all-warnings", "-Xptxas", "-v"]
+        found = resources(run(nvcc(), *flags, source, "-o", tmp_path / "out"))
+        assert len(found) > 10 and [row for row in found if row[4]] == [], "spills"
+    else:
+        flags = [*AMD_FLAGS, "--offload-arch=gfx90a", "-Rpass-analysis=kernel-resource-usage"]
+        numbers = usage(run(clang(), *flags, "-I", ROOT / "tests" / "simt", source, "-o", tmp_path / "out"))
+        spilled = {
+            kernel: n for kernel, n in numbers.items() if n["VGPRs Spill"] or ("_kernel" in kernel and n["ScratchSize"])
+        }
+        assert len(numbers) > 10 and spilled == {}
 
 
 def test_headers_share_a_file(folder: Path) -> None:
