@@ -156,7 +156,7 @@ typedef struct nf_calibration {
     int64_t q_tokens, k_tokens; /* rows of each sample */
     int64_t q_stride, k_stride; /* elements from row to row; 0 = D */
     float tau;                  /* [0.001, 1]; 0 = 0.7 with a sample, otherwise 1, no tempering */
-    uint32_t flags;             /* NF_KEEP_MEAN .. NF_OPTIMAL_FEATURES */
+    uint32_t flags;             /* below */
 } nf_calibration;
 
 #define NF_KEEP_MEAN 1u         /* calibration: do not centre q and k */

@@ -1,8 +1,8 @@
 /* ---- projections: sampled, given or fitted to a head ----
  *
  * A matrix w [rows][D] in natural units, and a head's calibration: with x' = sqrt(scale) x the features are e^(w x^ -
- * |x^|^2 / 2) of q^ = q_factor (q' - q_mean') and k^ = k_factor (k' - k_mean'), of k^ times the weight of the row. The
- * rest of the logit is a weight of the key, e^(q_mean' (k' - k_mean')), and one of the query, which only lse sees.
+ * |x^|^2 / 2) of q^ = q_factor (q' - q_mean') and k^ = k_factor (k' - k_mean'). The rest of the logit is a weight of
+ * the key, e^(q_mean' (k' - k_mean')), and one of the query, which only lse sees.
  */
 #ifndef NF_PROJECTION_READY
 #define NF_PROJECTION_READY
@@ -10,8 +10,8 @@
 typedef struct nf_projection_shape {
     uint64_t contract;
     int rows, dim, stride; /* stride: of a column of w, padded to an odd number of cache lines */
-    uint32_t flags;        /* that a calibration may have */
     size_t bytes;
+    uint32_t flags; /* of calibrations */
 } nf_projection_shape;
 
 /* The calibration of one head, [dim] each; mean, factor and slope of a side follow each other. */
@@ -242,7 +242,7 @@ static nf_status nf_check_calibration(const nf_projection_shape *shape, const vo
     return status;
 }
 
-/* floor(x) of a number below 2^23, or NaN. */
+/* floor(x) below 2^23, or NaN. */
 NF_BOTH inline float nf_whole(double x)
 {
     const float near = (float)x;
@@ -261,7 +261,7 @@ static void nf_moments(const float *x, int64_t tokens, int64_t stride, int64_t d
     *variance = square / (double)tokens;
 }
 
-/* Fill fit from a sample (NULL: nothing to fit), then the mean logit q_mean k_mean; returns the mean of |q^ + k^|^2 /
+/* Fill fit from a sample, if there is one, then the mean logit q_mean k_mean; returns the mean of |q^ + k^|^2 /
  * dim at the default scale. Channel balance psi = (E k^2 / E q^2)^(1/4): SADERF, Likhosherstov et al. 2023. */
 static double nf_calibrate(const nf_projection_shape *shape, const nf_calibration *c, float *fit)
 {
@@ -309,7 +309,7 @@ static void nf_widen(const nf_projection_shape *shape, double z, float *w, float
             *w = nf_to_bf16(*w * (float)nf_sqrt(square));
             norm += (double)*w * (double)*w;
         }
-        weight[r] = nf_whole(738.6598609351492 * (shape->dim * nf_log(square) - norm + norm / square) + 0.5) / 1024;
+        weight[r] = nf_whole(738.65986093515 * (shape->dim * nf_log(square) - norm + norm / square) + 0.5) / 1024;
     }
 }
 
