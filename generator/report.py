@@ -180,9 +180,9 @@ def standing(results: list[Line]) -> str:
         [r["contract"], r["variant"], form(r["ns_one"], ".0f"), form(r["ns_two"], ".0f"), form(r["speedup_med"], ".2f")]
         for r in of(results, "splits")
     ]
-    parts.append([["header", "compile s", "KiB"]])
+    parts.append([["header", "compile s", "kB"]])
     compiled = of(results, "compile")
-    parts[-1] += [[r["contract"], form(r["seconds"], ".2f"), form(r["bytes"] / 1024, ".0f")] for r in compiled]
+    parts[-1] += [[r["contract"], form(r["seconds"], ".2f"), form(r["bytes"] / 1000, ".0f")] for r in compiled]
     return "\n".join("\n".join(columns(part)) + "\n" for part in parts if len(part) > 1)
 
 
@@ -259,7 +259,7 @@ def goals(results: list[Line]) -> str:
         *((f"backward / forward, {hybrid}", "<=", 2.9, backward(hybrid)) for hybrid in hybrids),
         ("backward / forward, sparse window 512", "<=", 2.8, backward(sparse)),
         ("compile time of a header, s", "<=", 2, max((r["seconds"] for r in compiled), default=None)),
-        ("size of a header, KiB", "<=", 150, max((r["bytes"] / 1024 for r in compiled), default=None)),
+        ("size of a header, kB", "<=", 150, max((r["bytes"] / 1000 for r in compiled), default=None)),
     ]
     return "\n".join(columns([["goal", "", "", "measured", ""], *(goal(*r) for r in rows if r[3] is not None)])) + "\n"
 

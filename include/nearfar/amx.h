@@ -182,4 +182,4 @@ NF_UNUSED static int nf_supports_amx(void)
 }
 #endif
 
-#endif /* NF_AMX_READY */
+#endif

@@ -4,7 +4,6 @@
 
 #include <string.h>
 
-/* What a GPU's kernels share with the host. */
 #if defined(__CUDACC__) || defined(__HIPCC__) || defined(__HIP__)
 #define NF_BOTH __attribute__((host, device, unused)) static
 #else
@@ -40,8 +39,7 @@ typedef struct nf_contract {
     float default_scale;   /* 1/sqrt(D), or 1 */
     int decays, full_only; /* takes decay and NF_UNNORMALISED; no causal mask */
     int32_t eps;           /* NF_EPS_... */
-    int device; /* projection, state, decay and cu_tokens lie in a GPU's memory: its kernels look at them, the host
-                   cannot */
+    int device; /* projection, state, decay and cu_tokens lie in a GPU's memory, where the host cannot look */
     /* What only some operators have, or NULL: a pattern or decays, the memory that these take, states that merge. */
     nf_status (*check)(struct nf_plan *plan);
     void (*claim)(const struct nf_plan *plan, struct nf_memory *memory);
@@ -49,7 +47,7 @@ typedef struct nf_contract {
                   const nf_state_unit *a, const nf_state_unit *b);
 } nf_contract;
 
-/* One unit of work: the queries of one group of heads against their kv head, all strides resolved. */
+/* One unit of work: the queries of one group of heads against their kv head. */
 typedef struct nf_unit {
     const void *q, *k, *v;
     void *out;
@@ -63,11 +61,11 @@ typedef struct nf_unit {
     uint32_t flags;
     const void *projection;
     nf_state_unit *state;
-    const nf_grads *grads; /* the unit's, with token_stride and head_stride as in nf_args; NULL in a forward */
+    const nf_grads *grads; /* the unit's, with strides as in nf_args; NULL in a forward */
     /* of operators over a pattern */
     const struct nf_pattern *pattern;
-    int64_t first_head;           /* the group's first query head: index into what the pattern holds per head */
-    int64_t past;                 /* tokens that the state has seen: the position of the call's first key */
+    int64_t first_head;           /* the group's first query head */
+    int64_t past;                 /* position of the call's first key */
     int64_t window;               /* sparse: tokens; hybrid: whole blocks before the query's own */
     int64_t globals, ring;        /* rows of the state's near field */
     float *near_key, *near_value; /* [globals + ring][D] in the state, or NULL */
@@ -86,7 +84,7 @@ typedef struct nf_plan {
 
 typedef void (*nf_unit_fn)(const nf_unit *unit, void *workspace);
 
-/* a * b of non-negative numbers, or -1 where the product (or an operand) leaves the range of sizes. */
+/* a * b, or -1 where the product (or an operand) leaves the range of sizes. */
 static int64_t nf_product(int64_t a, int64_t b)
 {
     const int64_t limit = sizeof(size_t) < 8 ? INT32_MAX : (int64_t)1 << 47;
@@ -119,7 +117,7 @@ NF_BOTH double nf_sqrt(double x)
 }
 
 /* Natural logarithm of a positive normal float, relative error below 1e-12, without libm. Inline, as nf_lse: a call
- * from code with vectors to code without costs some processors (and GCC does not clear their upper halves) 50 ns. */
+ * from code with vectors to code without costs some processors 50 ns (GCC does not clear upper halves). */
 NF_BOTH_INLINE double nf_log(double x)
 {
     uint64_t bits;
@@ -140,13 +138,18 @@ NF_BOTH_INLINE double nf_log(double x)
     return m + 0.69314718055994531 * (double)exponent;
 }
 
+NF_BOTH_INLINE uint32_t nf_bits(float x)
+{
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
 /* ln of den * 2^exponent, plus shift; -inf for an empty sum. */
 NF_BOTH_INLINE float nf_lse(float den, double exponent, double shift)
 {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &den, sizeof bits);
-    if (bits << 1 == 0) {
-        bits = 0xff800000u;
+    if (nf_bits(den) << 1 == 0) {
+        const uint32_t bits = 0xff800000u;
         __builtin_memcpy(&den, &bits, sizeof den);
     } else if (den > 0) {
         den = (float)(nf_log((double)den) + 0.69314718055994531 * exponent + shift);
@@ -161,26 +164,20 @@ NF_BOTH inline int nf_aligned(const void *p, size_t alignment)
 
 NF_BOTH inline int nf_finite(float x)
 {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &x, sizeof bits);
-    return (bits & 0x7f800000u) != 0x7f800000u;
+    return (nf_bits(x) & 0x7f800000u) != 0x7f800000u;
 }
 
-/* Is this the lse of a query that saw no key, -inf? Told from the bits, as everything about NaN and inf. */
+/* Is this the lse of a query that saw no key, -inf? */
 NF_BOTH inline int nf_unseen(float lse)
 {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &lse, sizeof bits);
-    return bits == 0xff800000u;
+    return nf_bits(lse) == 0xff800000u;
 }
 
-/* x > limit >= 0, or x is NaN; told from the bits, so that no compiler flag changes the answer. */
+/* x > limit >= 0, or NaN; from the bits: no compiler flag changes the answer. */
 NF_BOTH inline int nf_beyond(float x, float limit)
 {
-    uint32_t a, b;
-    __builtin_memcpy(&a, &x, sizeof a);
-    __builtin_memcpy(&b, &limit, sizeof b);
-    return (a & 0x7fffffffu) > 0x7f800000u || (!(a >> 31) && a > b);
+    const uint32_t bits = nf_bits(x);
+    return (bits & 0x7fffffffu) > 0x7f800000u || (!(bits >> 31) && bits > nf_bits(limit));
 }
 
 /* 2^step of a whole step <= 0, exact; 0 below the normal numbers. */
@@ -195,28 +192,25 @@ NF_BOTH float nf_power_of_two(float step)
     return x;
 }
 
-/* Do the bytes [a, a + na) and [b, b + nb) meet? */
 static int nf_overlap(const void *a, size_t na, const void *b, size_t nb)
 {
     const uintptr_t x = (uintptr_t)a, y = (uintptr_t)b;
     return a && b && na && nb && (x < y ? y - x < na : x - y < nb);
 }
 
-/* The decay of a unit. */
 NF_BOTH float nf_decay(const nf_contract *c, const nf_plan *p, int64_t unit)
 {
     const nf_args *a = &p->args;
     return c->decays && a->decay ? a->decay[unit % a->kv_heads] : 0;
 }
 
-/* The projection of a kv head. */
 NF_BOTH const nf_projection_head *nf_projection_at(const nf_args *a, int64_t head)
 {
     return (const nf_projection_head *)(const void *)((const char *)a->projection +
                                                       (size_t)head * a->projection_stride);
 }
 
-/* The hash that ties a state to the features, the scale, the decay and the pattern it was made with. */
+/* What ties a state to the features, scale, decay and pattern it was made with. */
 NF_BOTH uint64_t nf_state_hash(const nf_contract *c, const nf_plan *p, int64_t unit)
 {
     const nf_args *a = &p->args;
@@ -237,13 +231,11 @@ NF_BOTH uint64_t nf_state_hash(const nf_contract *c, const nf_plan *p, int64_t u
     return hash;
 }
 
-/* The nf_state_unit of a unit. */
 NF_BOTH nf_state_unit *nf_state_at(const nf_plan *p, int64_t unit)
 {
     return (nf_state_unit *)(void *)((char *)p->args.state + sizeof(nf_state_head) + (size_t)unit * p->state_unit);
 }
 
-/* Is a state's head that of the plan's states? */
 NF_BOTH int nf_state_fits(const nf_contract *c, const nf_plan *p, const nf_state_head *head)
 {
     return head->magic == NF_MAGIC_STATE && head->abi == NF_CORE_ABI && head->contract == c->hash &&
@@ -251,7 +243,6 @@ NF_BOTH int nf_state_fits(const nf_contract *c, const nf_plan *p, const nf_state
            head->ring == p->ring;
 }
 
-/* The number added to the features. */
 static nf_status nf_check_eps(const nf_contract *c, nf_args *a)
 {
     const int full = a->mask == NF_FULL && !a->state;
@@ -266,7 +257,7 @@ static nf_status nf_check_eps(const nf_contract *c, nf_args *a)
     return NF_OK;
 }
 
-/* Sizes, heads, mask, scale, decay, eps and packing; fills in the defaults. Reads no tensor. */
+/* Sizes, heads, mask, scale, decay, eps and packing, with their defaults. Reads no tensor. */
 static nf_status nf_check_shape(const nf_contract *c, const nf_args *args, nf_plan *p)
 {
     nf_args *a = &p->args;
@@ -344,14 +335,13 @@ static nf_status nf_check_shape(const nf_contract *c, const nf_args *args, nf_pl
     return NF_OK;
 }
 
-/* Bytes from the first projection of the call to the end of its last. */
+/* Bytes from the call's first projection to the end of its last. */
 static size_t nf_projection_extent(const nf_plan *p)
 {
     const nf_args *a = &p->args;
     return p->contract->projection + (a->projection_stride ? (size_t)(a->kv_heads - 1) * a->projection_stride : 0);
 }
 
-/* The projections that the call names. */
 static nf_status nf_check_projection(const nf_plan *p)
 {
     const nf_args *a = &p->args;
@@ -375,7 +365,7 @@ static nf_status nf_check_projection(const nf_plan *p)
     return NF_OK;
 }
 
-/* The state that the call carries on; units outside the split are not looked at. */
+/* Units outside the split are not looked at. */
 static nf_status nf_check_state(const nf_plan *p)
 {
     const nf_args *a = &p->args;
@@ -397,7 +387,6 @@ static nf_status nf_check_state(const nf_plan *p)
     return NF_OK;
 }
 
-/* The memory that a call reads and writes. */
 typedef struct nf_part {
     const void *at;
     size_t bytes;
@@ -485,7 +474,6 @@ static nf_status nf_claim_tensor(nf_memory *m, const nf_contract *c, int64_t dim
     return part->bytes && !nf_aligned(data, c->element) ? NF_E_ALIGN : NF_OK;
 }
 
-/* Claim the constants of a call: projections, borders and what only the operator has. */
 static void nf_claim_constants(const nf_plan *p, nf_memory *m)
 {
     const nf_args *a = &p->args;
@@ -495,17 +483,19 @@ static void nf_claim_constants(const nf_plan *p, nf_memory *m)
         p->contract->claim(p, m);
 }
 
-/* Claim what every call reads. */
+/* Claim a tensor of the call's queries or keys. */
+#define NF_CLAIM_Q(m, dim, tensor, written) \
+    nf_claim_tensor(m, c, dim, a->batch, a->q_tokens, a->heads, NF_TENSOR(tensor), written)
+#define NF_CLAIM_K(m, dim, tensor, written) \
+    nf_claim_tensor(m, c, dim, a->batch, a->kv_tokens, a->kv_heads, NF_TENSOR(tensor), written)
+
 static nf_status nf_check_inputs(nf_plan *p, nf_memory *m)
 {
     const nf_contract *c = p->contract;
     nf_args *a = &p->args;
-    const int64_t batch = a->batch, keys = a->kv_tokens, kv_heads = a->kv_heads;
     nf_status status;
-    if ((status = nf_claim_tensor(m, c, c->dim, batch, a->q_tokens, a->heads, NF_TENSOR(a->q), 0)) != NF_OK ||
-        (status = nf_claim_tensor(m, c, c->dim, batch, keys, kv_heads, NF_TENSOR(a->k), 0)) != NF_OK ||
-        (status = nf_claim_tensor(m, c, c->values, batch, keys, kv_heads, NF_TENSOR(a->v), 0)) != NF_OK ||
-        (status = nf_check_projection(p)) != NF_OK)
+    if ((status = NF_CLAIM_Q(m, c->dim, a->q, 0)) || (status = NF_CLAIM_K(m, c->dim, a->k, 0)) ||
+        (status = NF_CLAIM_K(m, c->values, a->v, 0)) || (status = nf_check_projection(p)))
         return status;
     nf_claim_constants(p, m);
     return NF_OK;
@@ -521,14 +511,14 @@ static nf_status nf_check_workspace(nf_memory *m, const nf_contract *c, const vo
     return bytes < c->workspace ? NF_E_WORKSPACE : NF_OK;
 }
 
-/* Everything about a forward or decode call. Writes nothing but *p. */
+/* Everything about a forward or decode. Writes nothing but *p. */
 NF_UNUSED static nf_status nf_check(const nf_contract *c, const nf_args *args, void *workspace, size_t bytes,
                                     int decode, nf_plan *p)
 {
     const int stateful = c->features || c->block;
     nf_status status = nf_check_shape(c, args, p);
     nf_args *a = &p->args;
-    const int alone = (a->flags & NF_NO_KEYS) != 0; /* a decode then takes in nothing, and needs no causal mask */
+    const int alone = (a->flags & NF_NO_KEYS) != 0; /* a decode then takes in nothing */
     nf_memory m;
     m.count = 0;
     if (status != NF_OK)
@@ -542,9 +532,8 @@ NF_UNUSED static nf_status nf_check(const nf_contract *c, const nf_args *args, v
         return NF_E_NULL;
     if (decode && stateful && a->state && a->kv_tokens != a->q_tokens)
         return NF_E_TOKENS;
-    if ((status = nf_check_inputs(p, &m)) != NF_OK ||
-        (status = nf_claim_tensor(&m, c, c->values, a->batch, a->q_tokens, a->heads, NF_TENSOR(a->out), 1)) != NF_OK ||
-        (status = nf_check_state(p)) != NF_OK || (status = nf_check_workspace(&m, c, workspace, bytes)) != NF_OK)
+    if ((status = nf_check_inputs(p, &m)) || (status = NF_CLAIM_Q(&m, c->values, a->out, 1)) ||
+        (status = nf_check_state(p)) || (status = nf_check_workspace(&m, c, workspace, bytes)))
         return status;
     if (!nf_aligned(a->lse, sizeof(float)))
         return NF_E_ALIGN;
@@ -553,52 +542,46 @@ NF_UNUSED static nf_status nf_check(const nf_contract *c, const nf_args *args, v
     return nf_meet(&m) ? NF_E_OVERLAP : NF_OK;
 }
 
-/* Everything about a backward call; *grads becomes the caller's with its dense strides filled in. */
-NF_UNUSED static nf_status nf_check_backward(const nf_contract *c, const nf_args *args, nf_grads *grads,
-                                             void *workspace, size_t bytes, nf_plan *p)
+/* Everything about a backward; *g becomes grads with dense strides filled in. */
+NF_UNUSED static nf_status nf_check_backward(const nf_contract *c, const nf_args *args, const nf_grads *grads,
+                                             nf_grads *g, void *workspace, size_t bytes, nf_plan *p)
 {
-    nf_status status = nf_check_shape(c, args, p);
+    nf_status status = grads ? nf_check_shape(c, args, p) : NF_E_NULL;
     const nf_args *a = &p->args;
-    const int64_t batch = a->batch, queries = a->q_tokens, keys = a->kv_tokens, heads = a->heads;
-    nf_grads *g = grads;
+    size_t rows;
     nf_memory m;
     m.count = 0;
-    if (status == NF_OK && a->flags & NF_NO_KEYS)
-        status = NF_E_VALUE;
-    if (status == NF_OK && a->state)
-        status = NF_E_STATE;
-    if (status == NF_OK && a->eps > 0 && c->eps == NF_EPS_FULL)
-        status = NF_E_EPS;
-    if (status != NF_OK || (status = nf_check_inputs(p, &m)) != NF_OK ||
-        (status = nf_claim_tensor(&m, c, c->values, batch, queries, heads, NF_TENSOR(g->out), 0)) != NF_OK ||
-        (status = nf_claim_tensor(&m, c, c->values, batch, queries, heads, NF_TENSOR(g->dout), 0)) != NF_OK ||
-        (status = nf_claim_tensor(&m, c, c->dim, batch, queries, heads, NF_TENSOR(g->dq), 1)) != NF_OK ||
-        (status = nf_claim_tensor(&m, c, c->dim, batch, keys, a->kv_heads, NF_TENSOR(g->dk), 1)) != NF_OK ||
-        (status = nf_claim_tensor(&m, c, c->values, batch, keys, a->kv_heads, NF_TENSOR(g->dv), 1)) != NF_OK)
+    if (status != NF_OK)
         return status;
-    if (!g->lse && queries)
+    if (a->flags & NF_NO_KEYS)
+        return NF_E_VALUE;
+    if (a->state)
+        return NF_E_STATE;
+    if (a->eps > 0 && c->eps == NF_EPS_FULL)
+        return NF_E_EPS;
+    *g = *grads;
+    if ((status = nf_check_inputs(p, &m)) || (status = NF_CLAIM_Q(&m, c->values, g->out, 0)) ||
+        (status = NF_CLAIM_Q(&m, c->values, g->dout, 0)) || (status = NF_CLAIM_Q(&m, c->dim, g->dq, 1)) ||
+        (status = NF_CLAIM_K(&m, c->dim, g->dk, 1)) || (status = NF_CLAIM_K(&m, c->values, g->dv, 1)))
+        return status;
+    if (!g->lse && a->q_tokens)
         return NF_E_NULL;
     if (!nf_aligned(g->lse, sizeof(float)) || !nf_aligned(g->dlse, sizeof(float)))
         return NF_E_ALIGN;
-    if ((status = nf_check_workspace(&m, c, workspace, bytes)) != NF_OK)
+    if ((status = nf_check_workspace(&m, c, workspace, bytes)))
         return status;
-    nf_claim(&m, g->lse, (size_t)(batch * heads * queries) * sizeof(float), 0);
-    nf_claim(&m, g->dlse, (size_t)(batch * heads * queries) * sizeof(float), 0);
+    rows = (size_t)(a->batch * a->heads * a->q_tokens);
+    nf_claim(&m, g->lse, rows * sizeof(float), 0);
+    nf_claim(&m, g->dlse, rows * sizeof(float), 0);
     p->grads = g;
     return nf_meet(&m) ? NF_E_OVERLAP : NF_OK;
 }
 
-/* A unit's place in a tensor. */
-NF_BOTH size_t nf_offset(const nf_contract *c, int64_t batch, int64_t token, int64_t head, int64_t batch_stride,
-                         int64_t token_stride, int64_t head_stride)
-{
-    return (size_t)(batch * batch_stride + token * token_stride + head * head_stride) * c->element;
-}
+/* Elements from a tensor's data to the row of a head and token. */
+#define NF_PLACE(tensor, head, token) ((head) * (tensor).head_stride + (token) * (tensor).token_stride)
 #define NF_AT(pointer, tensor, head) \
-    ((pointer)(tensor).data + \
-     nf_offset(c, batch, first, head, (tensor).batch_stride, (tensor).token_stride, (tensor).head_stride))
+    ((pointer)(tensor).data + (size_t)(batch * (tensor).batch_stride + NF_PLACE(tensor, head, first)) * c->element)
 
-/* The unit of a plan. */
 NF_BOTH nf_unit nf_unit_at(const nf_contract *c, const nf_plan *p, int64_t unit, nf_grads *grads)
 {
     const nf_args *a = &p->args;
@@ -612,16 +595,30 @@ NF_BOTH nf_unit nf_unit_at(const nf_contract *c, const nf_plan *p, int64_t unit,
     u.q_stride = a->q.token_stride, u.k_stride = a->k.token_stride;
     u.v_stride = a->v.token_stride, u.out_stride = a->out.token_stride;
     u.q_head = a->q.head_stride, u.out_head = a->out.head_stride, u.lse_head = a->q_tokens;
+    if (p->grads && grads) {
+        *grads = *p->grads;
+        u.grads = grads;
+    }
     if (u.q_tokens) {
         u.q = NF_AT(const char *, a->q, head);
         if (!p->grads) {
             u.out = NF_AT(char *, a->out, head);
             u.lse = a->lse ? a->lse + row : NULL;
+        } else if (grads) {
+            grads->out.data = NF_AT(const char *, grads->out, head);
+            grads->dout.data = NF_AT(const char *, grads->dout, head);
+            grads->dq.data = NF_AT(char *, grads->dq, head);
+            grads->lse += row;
+            grads->dlse = grads->dlse ? grads->dlse + row : NULL;
         }
     }
     if (u.kv_tokens) {
         u.k = NF_AT(const char *, a->k, h);
         u.v = NF_AT(const char *, a->v, h);
+        if (u.grads) {
+            grads->dk.data = NF_AT(char *, grads->dk, h);
+            grads->dv.data = NF_AT(char *, grads->dv, h);
+        }
     }
     u.group = p->group;
     u.scale = a->scale, u.eps = a->eps;
@@ -639,23 +636,8 @@ NF_BOTH nf_unit nf_unit_at(const nf_contract *c, const nf_plan *p, int64_t unit,
         u.near_key = (float *)(void *)(u.state + 1) + c->features * (c->values + 2);
         u.near_value = u.near_key + (p->globals + p->ring) * c->dim;
     }
-    if (p->grads && grads) {
-        *grads = *p->grads;
-        if (u.q_tokens) {
-            grads->out.data = NF_AT(const char *, grads->out, head);
-            grads->dout.data = NF_AT(const char *, grads->dout, head);
-            grads->dq.data = NF_AT(char *, grads->dq, head);
-            grads->lse += row;
-            grads->dlse = grads->dlse ? grads->dlse + row : NULL;
-        }
-        if (u.kv_tokens) {
-            grads->dk.data = NF_AT(char *, grads->dk, h);
-            grads->dv.data = NF_AT(char *, grads->dv, h);
-        }
-        u.grads = grads;
-    }
     return u;
 }
 #undef NF_AT
 
-#endif /* NF_ARGS_READY */
+#endif

@@ -21,10 +21,10 @@
 extern "C" {
 #endif
 
-/* Workspaces, projections and states start at a multiple of this many bytes, and their sizes are multiples of it. */
+/* Alignment of workspaces, projections and states, and what their sizes are multiples of. */
 #define NF_ALIGN 64
 
-/* Every status: name, value, what was wrong. On any status but NF_OK nothing has been written. */
+/* Name, value, what was wrong. */
 #define NF_STATUS_LIST(X) \
     X(NF_OK, 0, "ok") \
     X(NF_E_NULL, -1, \
@@ -77,7 +77,6 @@ typedef enum nf_status {
         NF_STATUS_COUNT = 25
 } nf_status;
 
-/* The sentence that belongs to a status. */
 NF_UNUSED static const char *nf_status_text(nf_status status)
 {
     switch (status) {
@@ -107,7 +106,7 @@ typedef struct nf_output {
     int64_t batch_stride, token_stride, head_stride;
 } nf_output;
 
-/* The arguments of every forward and decode. Sizes are counts, all of them signed 64 bit. */
+/* The arguments of every call; sizes are counts. */
 typedef struct nf_args {
     int64_t batch;     /* at least 1 */
     int64_t heads;     /* query heads, at least 1 */
@@ -135,13 +134,13 @@ typedef struct nf_args {
 } nf_args;
 
 #define NF_UNNORMALISED 1u /* linear: out_i = sum_j A_ij v_j, not divided by sum_j A_ij */
-/* Queries alone, in a forward or decode of favor and linear: kv_tokens is 0 and means none, k and v are not read, and
- * under either mask every query sees all that the state holds, which is only read. With keys NF_E_TOKENS, without a
- * state NF_E_NULL, with decay NF_E_DECAY, of other operators and in a backward NF_E_VALUE. */
+/* Queries alone, in a forward or decode of favor and linear: kv_tokens is 0, k and v are not read, and every query
+ * sees all that the state holds, which is only read. With keys NF_E_TOKENS, without a state NF_E_NULL, with decay
+ * NF_E_DECAY, of other operators and in a backward NF_E_VALUE. */
 #define NF_NO_KEYS 2u
 
-/* What the backward of a forward call takes and gives. Tensors [batch, token, head, dim] as in nf_args; lse and dlse
- * [batch, heads, q_tokens]. Written are dq, dk and dv, all of them, and nothing is added to what they held. */
+/* What a backward takes and gives, tensors and lse as in nf_args. Of dq, dk and dv everything is written, nothing
+ * added to. */
 typedef struct nf_grads {
     nf_input out, dout; /* the forward's output, and the loss's gradient by it */
     const float *lse;   /* the forward's lse */
@@ -149,10 +148,9 @@ typedef struct nf_grads {
     nf_output dq, dk, dv;
 } nf_grads;
 
-/* How a projection is made. A sample of one head's queries and keys (rows of D floats; NULL and 0 tokens: none) fits it
- * to the head: the means are taken out (exact: softmax does not see them), the channels of q and k are balanced by Psi,
- * and the logits are tempered by tau^2, which trades bias for variance. Flags choose how the rows are sampled. Zero
- * fields are defaults. */
+/* How a projection is made; zero fields are defaults. A sample of one head's queries and keys (rows of D floats; NULL
+ * and 0 tokens: none) fits it to the head: the means are taken out (exact: softmax does not see them), the channels of
+ * q and k are balanced by Psi, and the logits tempered by tau^2, which trades bias for variance. */
 typedef struct nf_calibration {
     const float *q, *k;         /* finite, up to 1e15 */
     int64_t q_tokens, k_tokens; /* rows of each sample */
@@ -168,7 +166,7 @@ typedef struct nf_calibration {
 #define NF_SIMPLEX 16u      /* sampling: each D rows form a simplex; 0: they are orthogonal */
 #define NF_KEEP_F32 1u      /* projection_from: do not round the matrix to bf16 */
 
-/* A projection of one contract: this head, then the matrix and the calibration, opaque to the caller. */
+/* A projection of one contract: this head, the matrix, the calibration. */
 typedef struct nf_projection_head {
     uint32_t magic, abi;
     uint64_t contract; /* hash of the contract's name */
@@ -202,8 +200,7 @@ typedef struct nf_state_unit {
 typedef nf_status nf_forward_fn(const nf_args *args, void *workspace, size_t bytes);
 typedef nf_status nf_backward_fn(const nf_args *args, const nf_grads *grads, void *workspace, size_t bytes);
 
-/* One way to run a kernel. Variants of one kernel are interchangeable; a variant run where supported() is 0 returns
- * NF_E_UNSUPPORTED. */
+/* One way to run a kernel; NF_E_UNSUPPORTED where supported() is 0. */
 typedef struct nf_variant {
     const char *name;   /* also the symbol's stem: <name>_forward, _decode, _backward */
     const char *target; /* instruction set */

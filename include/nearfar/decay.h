@@ -36,4 +36,4 @@ NF_UNUSED static void nf_claim_decay(const nf_plan *p, nf_memory *m)
     nf_claim(m, p->args.decay, (size_t)p->args.kv_heads * sizeof(float), 0);
 }
 
-#endif /* NF_DECAY_READY */
+#endif

@@ -10,4 +10,4 @@ static void nf_decay_merge(const nf_contract *c, const nf_state_head *head, nf_s
     nf_far_join(c, to, a, b, (float)nf_exp((double)a->decay * (double)b->tokens));
 }
 
-#endif /* NF_DECAY_STATE_READY */
+#endif

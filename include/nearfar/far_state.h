@@ -19,7 +19,6 @@ NF_UNUSED static void nf_state_copy(nf_state_unit *state, int m, int dim, int pa
     }
 }
 
-/* The same from no state at all, or from one that has seen nothing. */
 NF_UNUSED static void nf_state_empty(int m, int width, float *r, float *z, float *s)
 {
     memset(z, 0, (size_t)m * sizeof(float));
@@ -28,8 +27,7 @@ NF_UNUSED static void nf_state_empty(int m, int width, float *r, float *z, float
         r[i] = NF_NO_KEY;
 }
 
-/* Bring z and S (laid out as nf_state_copy says) from the references r to those in `to`. Whole numbers: the factors are
- * powers of two, exact. */
+/* From the references r to those in `to`, whole numbers: the factors are powers of two, exact. */
 NF_UNUSED static void nf_rescale(float *r, float *z, float *s, int m, int width, int panel, const float *to)
 {
     for (int i = 0; i < m; i++) {
@@ -44,7 +42,7 @@ NF_UNUSED static void nf_rescale(float *r, float *z, float *s, int m, int width,
     }
 }
 
-/* to = left a + b of one unit, feature by feature on the larger of both references; `to` may be a or b. */
+/* to = left a + b of one unit, on the larger of both references; `to` may be a or b. */
 static void nf_far_join(const nf_contract *c, nf_state_unit *to, const nf_state_unit *a, const nf_state_unit *b,
                         float left)
 {
@@ -70,4 +68,4 @@ NF_UNUSED static void nf_far_merge(const nf_contract *c, const nf_state_head *he
     nf_far_join(c, to, a, b, 1);
 }
 
-#endif /* NF_FAR_STATE_READY */
+#endif

@@ -162,4 +162,4 @@ NF_V4_HALF(bf16)
 NF_V4_HALF(f16)
 #undef NF_V4_HALF
 
-#endif /* NF_HALF_READY */
+#endif

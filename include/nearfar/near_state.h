@@ -52,4 +52,4 @@ static void nf_near_merge(const nf_contract *c, const nf_state_head *head, nf_st
     to->mass = 0;
 }
 
-#endif /* NF_NEAR_STATE_READY */
+#endif

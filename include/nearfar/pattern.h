@@ -35,4 +35,4 @@ typedef struct nf_pattern {
  * last token. */
 #define NF_FAR_EXACT 1u
 
-#endif /* NF_PATTERN_READY */
+#endif

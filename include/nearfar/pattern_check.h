@@ -175,4 +175,4 @@ NF_UNUSED static void nf_near_keep(const nf_unit *u, int64_t dim)
     }
 }
 
-#endif /* NF_PATTERN_CHECK_READY */
+#endif

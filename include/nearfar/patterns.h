@@ -231,4 +231,4 @@ NF_UNUSED static int64_t nf_pattern_bigbird(nf_pattern *pattern, int64_t tokens,
     return nf_pattern_fill(pattern, &l, memory);
 }
 
-#endif /* NF_PATTERNS_READY */
+#endif

@@ -7,17 +7,16 @@
 #ifndef NF_PROJECTION_READY
 #define NF_PROJECTION_READY
 
-/* The layout of a contract's projection. */
 typedef struct nf_projection_shape {
     uint64_t contract;
     int rows, dim, stride; /* stride: of a column of w, padded to an odd number of cache lines */
     size_t bytes;
 } nf_projection_shape;
 
-/* The calibration of one head, [dim] each; mean, factor and slope of either side follow each other. */
+/* The calibration of one head, [dim] each; mean, factor and slope of a side follow each other. */
 enum { NF_Q_MEAN, NF_Q_FACTOR, NF_Q_SLOPE, NF_Q_CURVE, NF_K_MEAN, NF_K_FACTOR, NF_K_SLOPE, NF_FIT_ROWS };
 
-/* 64 random bits from a counter (splitmix64, Steele, Lea and Flood 2014). */
+/* 64 random bits (splitmix64, Steele, Lea and Flood 2014). */
 static uint64_t nf_random(uint64_t *counter)
 {
     uint64_t x = *counter += 0x9e3779b97f4a7c15u;
@@ -29,10 +28,8 @@ static uint64_t nf_random(uint64_t *counter)
 /* The nearest bf16 (ties to even), as a float. */
 static float nf_to_bf16(float x)
 {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
-    memcpy(&x, &bits, sizeof x);
+    const uint32_t bits = nf_bits(x), near = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+    memcpy(&x, &near, sizeof x);
     return x;
 }
 
@@ -49,8 +46,8 @@ static int64_t nf_whole_root(int64_t x)
 
 #define NF_UNIT 16777216 /* 1 in whole numbers: 2^24, exact in a float */
 
-/* True with probability e^(-x / 2^32): how often does a falling run of random numbers end after an even number?
- * (Forsythe and von Neumann.) */
+/* True with probability e^(-x / 2^32): does a falling run of random numbers end after an even number (Forsythe and
+ * von Neumann)? */
 static int nf_chance(uint64_t *counter, uint32_t x)
 {
     for (int even = 1;; even = !even) {
@@ -61,7 +58,7 @@ static int nf_chance(uint64_t *counter, uint32_t x)
     }
 }
 
-/* A normal number in units of 2^-24, by comparisons alone, so the same everywhere (Karney 2016, algorithm N). */
+/* A normal number in units of 2^-24, by comparisons alone (Karney 2016, algorithm N). */
 static int64_t nf_normal(uint64_t *counter)
 {
     for (;;) {
@@ -83,7 +80,7 @@ static int64_t nf_normal(uint64_t *counter)
 
 enum { NF_MOST_DIM = 256 };
 
-/* One round on a row: permutation, signs and, in every block, the Hadamard transform. Whole numbers below 2^24. */
+/* One round on a row: permutation, signs, in every block the Hadamard transform. Whole numbers below 2^24. */
 static void nf_hadamard(float *row, const int *from, const float *sign, int dim, int block)
 {
     float x[NF_MOST_DIM];
@@ -99,9 +96,9 @@ static void nf_hadamard(float *row, const int *from, const float *sign, int dim,
     memcpy(row, x, (size_t)dim * sizeof(float));
 }
 
-/* The first rows of a random rotation in whole numbers, and what all dim rows sum up to; returns the square of a row's
- * norm. Rounds of permutation, random signs and (blockwise) Hadamard transform (orthogonal random features, Yu et al.
- * 2016, section 4): exactly orthogonal. */
+/* The first rows of a random rotation in whole numbers, and what all dim rows sum up to; returns the square of a
+ * row's norm. Rounds of permutation, signs and Hadamard transform (orthogonal random features, Yu et al. 2016, section
+ * 4). */
 static double nf_rotation_hadamard(float *w, int rows, int dim, uint64_t *counter, int64_t *sum)
 {
     const int block = dim & -dim;
@@ -134,7 +131,7 @@ static double nf_rotation_hadamard(float *w, int rows, int dim, uint64_t *counte
     return square;
 }
 
-/* Take out of x its shares of the rows of w, and bring it to norm 2^24; returns the norm that was left. */
+/* Take out of x its shares of the rows of w, bring it to norm 2^24; returns the norm that was left. */
 static int64_t nf_orthonormal(int64_t *x, const float *w, int rows, int dim)
 {
     int64_t square = 0, norm;
@@ -153,8 +150,8 @@ static int64_t nf_orthonormal(int64_t *x, const float *w, int rows, int dim)
     return norm;
 }
 
-/* The same by Gram-Schmidt of normal vectors, where every rotation is equally likely, in whole numbers too. What is
- * left of a vector may be short and rounded: the second time leaves nothing of that. */
+/* The same by Gram-Schmidt of normal vectors, where every rotation is equally likely. What is left of a vector may be
+ * short and rounded: the second time leaves nothing of that. */
 static double nf_rotation_gram_schmidt(float *w, int rows, int dim, uint64_t *counter, int64_t *sum)
 {
     const int64_t missing = nf_whole_root((int64_t)(dim - rows) * NF_UNIT * NF_UNIT);
@@ -209,7 +206,6 @@ static void nf_sample(const nf_projection_shape *shape, uint64_t seed, uint32_t 
     }
 }
 
-/* A sample, which must not meet the projection. */
 static nf_status nf_check_sample(const nf_projection_shape *shape, const void *projection, const float *x,
                                  int64_t tokens, int64_t stride)
 {
@@ -244,7 +240,6 @@ static nf_status nf_check_calibration(const nf_projection_shape *shape, const vo
     return status;
 }
 
-/* Mean and variance of channel d. */
 static void nf_moments(const float *x, int64_t tokens, int64_t stride, int64_t d, double *mean, double *variance)
 {
     double sum = 0, square = 0;
@@ -290,7 +285,6 @@ static float nf_calibrate(const nf_projection_shape *shape, const nf_calibration
     return (float)constant;
 }
 
-/* The matrix of a projection: the first of its arrays. */
 static float *nf_matrix(void *projection)
 {
     return (float *)(void *)((nf_projection_head *)projection + 1);
@@ -334,7 +328,6 @@ static nf_status nf_projection_init(const nf_projection_shape *shape, void *proj
     return status;
 }
 
-/* What from and read share: the pointers. */
 static nf_status nf_check_matrix(const nf_projection_shape *shape, const void *projection, const float *w)
 {
     if (!projection || !w)
@@ -353,7 +346,7 @@ static nf_status nf_projection_from(const nf_projection_shape *shape, void *proj
         return status;
     if (flags & ~NF_KEEP_F32)
         return NF_E_VALUE;
-    for (int r = 0; r < shape->rows; r++) { /* beyond, exponents would leave the range where whole numbers are exact */
+    for (int r = 0; r < shape->rows; r++) { /* beyond, exponents would not be exact */
         float sum = 0;
         for (int d = 0; d < shape->dim; d++)
             sum += w[r * shape->dim + d] < 0 ? -w[r * shape->dim + d] : w[r * shape->dim + d];
@@ -378,7 +371,7 @@ static nf_status nf_projection_read(const nf_projection_shape *shape, const void
     return NF_OK;
 }
 
-/* A key's norm, cut off at 2^22 (where only absurd means in a calibration lead); NaN passes. */
+/* A key's norm, cut off where only absurd means in a calibration lead; NaN passes. */
 NF_BOTH inline double nf_limit(double norm)
 {
     return norm > 4194304.0 ? 4194304.0 : norm < -4194304.0 ? -4194304.0 : norm;
@@ -395,9 +388,7 @@ NF_BOTH inline float nf_whole(double x)
 /* floor(log2 x) of a number above the limit, otherwise 0. */
 NF_BOTH float nf_exponent(float x, float limit)
 {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &x, sizeof bits);
-    return x > limit && nf_finite(x) ? (float)((int32_t)(bits >> 23) - 127) : 0.0f;
+    return x > limit && nf_finite(x) ? (float)((int32_t)(nf_bits(x) >> 23) - 127) : 0.0f;
 }
 
 /* NF_INPUT_LIMIT, in turns. */
@@ -410,4 +401,4 @@ NF_BOTH float nf_exponent(float x, float limit)
 #define NF_SUM_LIMIT 65536.0f
 #define NF_REFERENCE_LAG 8.0f
 
-#endif /* NF_PROJECTION_READY */
+#endif

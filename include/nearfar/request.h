@@ -35,4 +35,4 @@ NF_UNUSED static int nf_amx_request(void)
 #endif
 }
 
-#endif /* NF_REQUEST_READY */
+#endif

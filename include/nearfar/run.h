@@ -23,7 +23,6 @@ NF_MODE static uint64_t nf_flush(int on, uint64_t mode)
     return mode;
 }
 
-/* Run every unit. */
 NF_UNUSED static void nf_run(const nf_plan *p, nf_unit_fn run, void *workspace)
 {
     const uint64_t mode = nf_flush(1, 0);
@@ -37,4 +36,4 @@ NF_UNUSED static void nf_run(const nf_plan *p, nf_unit_fn run, void *workspace)
     nf_flush(0, mode);
 }
 
-#endif /* NF_RUN_READY */
+#endif

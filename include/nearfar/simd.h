@@ -14,7 +14,9 @@
 #define NF_UNROLL_BY_4 _Pragma("GCC unroll 4")
 #endif
 
-/* What compilers do on vectors of their own accord. */
+/* For i from 0 to below n, unrolled: arrays over i are registers. */
+#define NF_EACH(i, n) NF_UNROLL for (int i = 0; i < (n); i++)
+
 #define NF_NOTHING
 #define NF_VECTOR(attributes, set) \
     typedef float set##_unaligned __attribute__((vector_size(sizeof(set##_t)), aligned(4), may_alias)); \
@@ -25,18 +27,22 @@
     NF_INLINE attributes void set##_store(float *p, set##_t x) \
     { \
         *(set##_unaligned *)(void *)p = x; \
-    } \
-    NF_INLINE attributes set##_t set##_add(set##_t a, set##_t b) \
+    }
+
+/* What AVX-512 and AVX2 call alike. */
+#define NF_X86_VECTOR(attributes, set, prefix) \
+    NF_VECTOR(attributes, set) \
+    NF_INLINE attributes set##_t set##_set(float x) \
     { \
-        return a + b; \
+        return prefix##_set1_ps(x); \
     } \
-    NF_INLINE attributes set##_t set##_sub(set##_t a, set##_t b) \
+    NF_INLINE attributes set##_t set##_fma(set##_t a, set##_t b, set##_t c) \
     { \
-        return a - b; \
+        return prefix##_fmadd_ps(a, b, c); \
     } \
-    NF_INLINE attributes set##_t set##_mul(set##_t a, set##_t b) \
+    NF_INLINE attributes set##_t set##_floor(set##_t x) \
     { \
-        return a * b; \
+        return prefix##_floor_ps(x); \
     }
 
 /* 2^f on [-1/2, 1/2] by a polynomial: relative error 1.7e-7, exact at 0. */
@@ -50,8 +56,7 @@
         return set##_fma(p, f, set##_set(1.0f)); \
     }
 
-/* What is below 2^-126 counts as 2^-126, or as 0 where the hardware scales: beside a sum of at least 1 it does not
- * count. */
+/* What is below 2^-126 counts as that, or as 0 where the hardware scales: beside 1 it does not count. */
 #define NF_EXP2_LOWEST (-126.0f)
 #define NF_EXP2_HIGHEST 126.0f
 
@@ -61,13 +66,13 @@
 
 #define NF_V16 __attribute__((target("avx512f,avx512dq")))
 #define NF_V16_LANES 16
-/* Masks that mask nothing: g++ 12 warns about the intrinsics without masks (GCC bug 105593). */
+/* Masks that mask nothing: g++ 12 warns of intrinsics without (GCC bug 105593). */
 #define NF_ALL16 ((__mmask16)0xffff)
 #define NF_ALL8 ((__mmask8)0xff)
 typedef __m512 nf_v16_t;
-NF_VECTOR(NF_V16, nf_v16)
+NF_X86_VECTOR(NF_V16, nf_v16, _mm512)
 
-/* Load or store n lanes, n a constant of any size: a whole vector, or what is left of a row. */
+/* n lanes, a constant of any size: a whole vector, or what is left of a row. */
 NF_INLINE NF_V16 nf_v16_t nf_v16_get(const float *p, int n)
 {
     return n >= 16 ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
@@ -81,16 +86,6 @@ NF_INLINE NF_V16 void nf_v16_put(float *p, nf_v16_t x, int n)
         _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), x);
 }
 
-NF_INLINE NF_V16 nf_v16_t nf_v16_set(float x)
-{
-    return _mm512_set1_ps(x);
-}
-
-NF_INLINE NF_V16 nf_v16_t nf_v16_fma(nf_v16_t a, nf_v16_t b, nf_v16_t c)
-{
-    return _mm512_fmadd_ps(a, b, c);
-}
-
 NF_INLINE NF_V16 nf_v16_t nf_v16_max(nf_v16_t a, nf_v16_t b)
 {
     return _mm512_maskz_max_ps(NF_ALL16, a, b);
@@ -101,40 +96,41 @@ NF_INLINE NF_V16 nf_v16_t nf_v16_min(nf_v16_t a, nf_v16_t b)
     return _mm512_maskz_min_ps(NF_ALL16, a, b);
 }
 
-NF_INLINE NF_V16 float nf_v16_sum(nf_v16_t x)
+NF_INLINE NF_V16 __m256 nf_v16_high(nf_v16_t x)
 {
-    const __m256 high = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 1));
-    const __m256 low = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 0));
-    const __m256 half = low + high;
-    __m128 s = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
-    s = s + _mm_movehl_ps(s, s);
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+    return _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 1));
 }
 
-/* The sum of the lanes in double precision. */
+NF_INLINE NF_V16 float nf_v16_sum(nf_v16_t x)
+{
+    const __m256 half = _mm512_castps512_ps256(x) + nf_v16_high(x);
+    __m128 s = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+    s += _mm_movehl_ps(s, s);
+    return _mm_cvtss_f32(s + _mm_movehdup_ps(s));
+}
+
+/* The sum in double precision. */
 NF_INLINE NF_V16 double nf_v16_total(nf_v16_t x)
 {
-    const __m256 low = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 0));
-    const __m256 high = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(NF_ALL8, _mm512_castps_pd(x), 1));
-    const __m512d all = _mm512_maskz_cvtps_pd(NF_ALL8, low) + _mm512_maskz_cvtps_pd(NF_ALL8, high);
-    const __m256d s = _mm512_maskz_extractf64x4_pd(NF_ALL8, all, 0) + _mm512_maskz_extractf64x4_pd(NF_ALL8, all, 1);
+    const __m512d low = _mm512_maskz_cvtps_pd(NF_ALL8, _mm512_castps512_ps256(x));
+    const __m512d all = low + _mm512_maskz_cvtps_pd(NF_ALL8, nf_v16_high(x));
+    const __m256d s = _mm512_castpd512_pd256(all) + _mm512_maskz_extractf64x4_pd(NF_ALL8, all, 1);
     return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
-/* x = floor(x) + f: the hardware splits and scales, so 2^f is a polynomial on [0, 1) (1.5e-7, exact at 0). */
+/* x = floor(x) + f, split and scaled by the hardware: 2^f is a polynomial on [0, 1) (1.5e-7, exact at 0). */
 NF_INLINE NF_V16 nf_v16_t nf_v16_exp2(nf_v16_t x)
 {
     const nf_v16_t f = _mm512_maskz_reduce_ps(NF_ALL16, x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    nf_v16_t p = _mm512_set1_ps(1.867130279e-3f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.01702988e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.579991342e-2f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.401644501e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931513118e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+    nf_v16_t p = nf_v16_fma(f, nf_v16_set(1.867130279e-3f), nf_v16_set(9.01702988e-3f));
+    p = nf_v16_fma(p, f, nf_v16_set(5.579991342e-2f));
+    p = nf_v16_fma(p, f, nf_v16_set(2.401644501e-1f));
+    p = nf_v16_fma(p, f, nf_v16_set(6.931513118e-1f));
+    p = nf_v16_fma(p, f, nf_v16_set(1.0f));
     return _mm512_maskz_scalef_ps(NF_ALL16, p, x);
 }
 
-/* A block of tokens: dst[d][t] = src[t][d] for t, d below 16, of which the first `dims` d are read and written. */
+/* dst[d][t] = src[t][d] for t, d below 16; of d the first `dims` are read and written. */
 NF_INLINE NF_V16 void nf_v16_transpose(float *dst, int dst_stride, const float *src, int src_stride, int dims)
 {
     for (int d = 0; d < 16 && d < dims; d += 4) {
@@ -158,10 +154,31 @@ NF_INLINE NF_V16 void nf_v16_transpose(float *dst, int dst_stride, const float *
     }
 }
 
-/* x from lane n on, below it `other`; n from 0 to the number of lanes. */
+/* x from lane n on, below it `other`; n from 0 to all. */
 NF_INLINE NF_V16 nf_v16_t nf_v16_from(nf_v16_t other, nf_v16_t x, int n)
 {
     return _mm512_mask_mov_ps(other, (__mmask16)(0xffffu << n), x);
+}
+
+/* The upper lanes of a and b by turns; two floats by turns; from such, the sums of a's and b's in the upper lanes. */
+NF_INLINE NF_V16 nf_v16_t nf_v16_upper(nf_v16_t a, nf_v16_t b)
+{
+    const __m512i turns = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    return _mm512_permutex2var_ps(a, turns, b);
+}
+
+NF_INLINE NF_V16 nf_v16_t nf_v16_pair(const float *p)
+{
+    double both;
+    memcpy(&both, p, sizeof both);
+    return _mm512_castpd_ps(_mm512_set1_pd(both));
+}
+
+NF_INLINE NF_V16 nf_v16_t nf_v16_to_upper(nf_v16_t x)
+{
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
+    const nf_v16_t sums = x + _mm512_maskz_permute_ps(NF_ALL16, x, 0xb1);
+    return _mm512_maskz_permutexvar_ps(NF_ALL16, even, sums);
 }
 
 /* Is any lane above the limit, or NaN? */
@@ -170,16 +187,11 @@ NF_INLINE NF_V16 int nf_v16_above(nf_v16_t x, float limit)
     return _mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_NLE_UQ) != 0;
 }
 
-NF_INLINE NF_V16 nf_v16_t nf_v16_floor(nf_v16_t x)
-{
-    return _mm512_floor_ps(x);
-}
-
 /* Every processor with AVX2 and FMA has F16C, too. */
 #define NF_V8 __attribute__((target("avx2,fma,f16c")))
 #define NF_V8_LANES 8
 typedef __m256 nf_v8_t;
-NF_VECTOR(NF_V8, nf_v8)
+NF_X86_VECTOR(NF_V8, nf_v8, _mm256)
 
 NF_INLINE NF_V8 __m256i nf_v8_below(int n)
 {
@@ -199,16 +211,6 @@ NF_INLINE NF_V8 void nf_v8_put(float *p, nf_v8_t x, int n)
         _mm256_maskstore_ps(p, nf_v8_below(n), x);
 }
 
-NF_INLINE NF_V8 nf_v8_t nf_v8_set(float x)
-{
-    return _mm256_set1_ps(x);
-}
-
-NF_INLINE NF_V8 nf_v8_t nf_v8_fma(nf_v8_t a, nf_v8_t b, nf_v8_t c)
-{
-    return _mm256_fmadd_ps(a, b, c);
-}
-
 NF_POWER(NF_V8, nf_v8)
 
 NF_INLINE NF_V8 nf_v8_t nf_v8_max(nf_v8_t a, nf_v8_t b)
@@ -223,9 +225,9 @@ NF_INLINE NF_V8 nf_v8_t nf_v8_min(nf_v8_t a, nf_v8_t b)
 
 NF_INLINE NF_V8 float nf_v8_sum(nf_v8_t x)
 {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+    __m128 s = _mm256_castps256_ps128(x) + _mm256_extractf128_ps(x, 1);
+    s += _mm_movehl_ps(s, s);
+    return _mm_cvtss_f32(s + _mm_movehdup_ps(s));
 }
 
 NF_INLINE NF_V8 double nf_v8_total(nf_v8_t x)
@@ -236,10 +238,9 @@ NF_INLINE NF_V8 double nf_v8_total(nf_v8_t x)
 
 NF_INLINE NF_V8 nf_v8_t nf_v8_exp2(nf_v8_t x)
 {
-    const nf_v8_t y = _mm256_max_ps(_mm256_set1_ps(NF_EXP2_LOWEST), _mm256_min_ps(_mm256_set1_ps(NF_EXP2_HIGHEST), x));
+    const nf_v8_t y = nf_v8_max(nf_v8_set(NF_EXP2_LOWEST), nf_v8_min(nf_v8_set(NF_EXP2_HIGHEST), x));
     const __m256i n = _mm256_cvtps_epi32(y);
-    const nf_v8_t f = y - _mm256_cvtepi32_ps(n);
-    const nf_v8_t p = nf_v8_power(f);
+    const nf_v8_t p = nf_v8_power(y - _mm256_cvtepi32_ps(n));
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(n, 23)));
 }
 
@@ -273,11 +274,6 @@ NF_INLINE NF_V8 int nf_v8_above(nf_v8_t x, float limit)
 {
     return _mm256_movemask_ps(_mm256_cmp_ps(x, _mm256_set1_ps(limit), _CMP_NLE_UQ)) != 0;
 }
-
-NF_INLINE NF_V8 nf_v8_t nf_v8_floor(nf_v8_t x)
-{
-    return _mm256_floor_ps(x);
-}
 #endif
 
 /* Four lanes anywhere: NEON, or the vector extension of GCC and Clang. */
@@ -302,27 +298,24 @@ NF_INLINE nf_v4_t nf_v4_set(float x)
 
 NF_INLINE float nf_v4_sum(nf_v4_t x)
 {
-    float lane[4];
-    nf_v4_store(lane, x);
-    return (lane[0] + lane[2]) + (lane[1] + lane[3]);
+    return (x[0] + x[2]) + (x[1] + x[3]);
+}
+
+NF_INLINE double nf_v4_total(nf_v4_t x)
+{
+    return ((double)x[0] + (double)x[1]) + ((double)x[2] + (double)x[3]);
 }
 
 NF_INLINE int nf_v4_above(nf_v4_t x, float limit)
 {
-    float lane[4];
-    nf_v4_store(lane, x);
-    return nf_beyond(lane[0], limit) || nf_beyond(lane[1], limit) || nf_beyond(lane[2], limit) ||
-           nf_beyond(lane[3], limit);
+    return nf_beyond(x[0], limit) || nf_beyond(x[1], limit) || nf_beyond(x[2], limit) || nf_beyond(x[3], limit);
 }
 
 NF_INLINE nf_v4_t nf_v4_from(nf_v4_t other, nf_v4_t x, int n)
 {
-    float lane[4], below[4];
-    nf_v4_store(lane, x);
-    nf_v4_store(below, other);
     for (int i = 0; i < 4 && i < n; i++)
-        lane[i] = below[i];
-    return nf_v4_load(lane);
+        x[i] = other[i];
+    return x;
 }
 
 #if defined(NF_NEON)
@@ -345,10 +338,9 @@ NF_INLINE nf_v4_t nf_v4_min(nf_v4_t a, nf_v4_t b)
 
 NF_INLINE nf_v4_t nf_v4_exp2(nf_v4_t x)
 {
-    const nf_v4_t y = vmaxq_f32(vdupq_n_f32(NF_EXP2_LOWEST), vminq_f32(vdupq_n_f32(NF_EXP2_HIGHEST), x));
+    const nf_v4_t y = nf_v4_max(nf_v4_set(NF_EXP2_LOWEST), nf_v4_min(nf_v4_set(NF_EXP2_HIGHEST), x));
     const int32x4_t n = vcvtnq_s32_f32(y);
-    const nf_v4_t f = vsubq_f32(y, vcvtq_f32_s32(n));
-    const nf_v4_t p = nf_v4_power(f);
+    const nf_v4_t p = nf_v4_power(y - vcvtq_f32_s32(n));
     return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), vshlq_n_s32(n, 23)));
 }
 
@@ -384,25 +376,10 @@ NF_INLINE nf_v4_t nf_v4_min(nf_v4_t a, nf_v4_t b)
     return nf_v4_select((nf_v4_int)(a < b), a, b);
 }
 
-NF_INLINE nf_v4_int nf_v4_to_int(nf_v4_t x)
-{
-    return __builtin_convertvector(x, nf_v4_int);
-}
-
-NF_INLINE nf_v4_t nf_v4_to_float(nf_v4_int n)
-{
-    return __builtin_convertvector(n, nf_v4_t);
-}
-
-/* 2^(n - 127), 0 < n < 255. */
-NF_INLINE nf_v4_t nf_v4_exponents(nf_v4_int n)
-{
-    return (nf_v4_t)((nf_v4_bits)n << 23);
-}
-
 NF_INLINE nf_v4_t nf_v4_fma(nf_v4_t a, nf_v4_t b, nf_v4_t c)
 {
-    return nf_v4_add(nf_v4_mul(a, b), c);
+    const nf_v4_t product = a * b;
+    return product + c;
 }
 
 NF_POWER(NF_NOTHING, nf_v4)
@@ -410,23 +387,20 @@ NF_POWER(NF_NOTHING, nf_v4)
 /* Beyond 2^23 every float is whole. */
 NF_INLINE nf_v4_t nf_v4_floor(nf_v4_t x)
 {
-    float lane[4];
-    nf_v4_store(lane, x);
     for (int i = 0; i < 4; i++) {
-        const int small = lane[i] > -8388608.0f && lane[i] < 8388608.0f;
-        const float whole = small ? (float)(int32_t)lane[i] : lane[i];
-        lane[i] = whole > lane[i] ? whole - 1.0f : whole;
+        const float whole = x[i] > -8388608.0f && x[i] < 8388608.0f ? (float)(int32_t)x[i] : x[i];
+        x[i] = whole > x[i] ? whole - 1.0f : whole;
     }
-    return nf_v4_load(lane);
+    return x;
 }
 
-/* Rounds by truncating what has been made positive: no reliance on the rounding mode or on exact float algebra. */
+/* Rounds by truncating positive numbers: no reliance on rounding mode or exact float algebra. */
 NF_INLINE nf_v4_t nf_v4_exp2(nf_v4_t x)
 {
     const nf_v4_t y = nf_v4_max(nf_v4_set(NF_EXP2_LOWEST), nf_v4_min(nf_v4_set(NF_EXP2_HIGHEST), x));
-    const nf_v4_int biased = nf_v4_to_int(nf_v4_add(y, nf_v4_set(127.5f)));
-    const nf_v4_t f = nf_v4_sub(y, nf_v4_sub(nf_v4_to_float(biased), nf_v4_set(127.0f)));
-    return nf_v4_mul(nf_v4_power(f), nf_v4_exponents(biased));
+    const nf_v4_int biased = __builtin_convertvector(y + nf_v4_set(127.5f), nf_v4_int);
+    const nf_v4_t f = y - (__builtin_convertvector(biased, nf_v4_t) - nf_v4_set(127.0f));
+    return nf_v4_power(f) * (nf_v4_t)((nf_v4_bits)biased << 23);
 }
 
 NF_INLINE void nf_v4_transpose(float *dst, int dst_stride, const float *src, int src_stride, int dims)
@@ -436,13 +410,6 @@ NF_INLINE void nf_v4_transpose(float *dst, int dst_stride, const float *src, int
             dst[d * dst_stride + t] = src[t * src_stride + d];
 }
 #endif
-
-NF_INLINE double nf_v4_total(nf_v4_t x)
-{
-    float lane[4];
-    nf_v4_store(lane, x);
-    return ((double)lane[0] + (double)lane[1]) + ((double)lane[2] + (double)lane[3]);
-}
 
 /* Rows end between vectors of four lanes. */
 NF_INLINE nf_v4_t nf_v4_get(const float *p, int n)
@@ -456,7 +423,7 @@ NF_INLINE void nf_v4_put(float *p, nf_v4_t x, int n)
         nf_v4_store(p, x);
 }
 
-/* What this processor has. A target that was not compiled in is not there; its functions are null. */
+/* What this processor has. The functions of a target that was not compiled in are null. */
 #if defined(NF_X86)
 #define NF_IF_avx512(what) what
 #define NF_IF_avx2(what) what
@@ -471,24 +438,14 @@ NF_INLINE void nf_v4_put(float *p, nf_v4_t x, int n)
 #endif
 #define NF_IF_c(what) what
 
-NF_UNUSED static int nf_supports_avx512(void)
-{
-    return NF_IF_avx512(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"));
-}
+#define NF_SUPPORTS(target, test) \
+    NF_UNUSED static int nf_supports_##target(void) \
+    { \
+        return NF_IF_##target(test); \
+    }
+NF_SUPPORTS(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"))
+NF_SUPPORTS(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+NF_SUPPORTS(neon, 1)
+NF_SUPPORTS(c, 1)
 
-NF_UNUSED static int nf_supports_avx2(void)
-{
-    return NF_IF_avx2(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
-}
-
-NF_UNUSED static int nf_supports_neon(void)
-{
-    return NF_IF_neon(1);
-}
-
-NF_UNUSED static int nf_supports_c(void)
-{
-    return 1;
-}
-
-#endif /* NF_SIMD_READY */
+#endif

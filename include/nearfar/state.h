@@ -2,7 +2,6 @@
 #ifndef NF_STATE_READY
 #define NF_STATE_READY
 
-/* Reset the units of a state, or merge two: the checks first, then the work. */
 static nf_status nf_state_reset(const nf_contract *c, const nf_args *args)
 {
     nf_plan p;
@@ -51,7 +50,6 @@ static int64_t nf_state_unit_bytes(const nf_contract *c, int64_t globals, int64_
     return near < 0 ? -1 : (int64_t)sizeof(nf_state_unit) + far + near;
 }
 
-/* A unit of a state. */
 static nf_state_unit *nf_unit_of(const void *state, int64_t unit)
 {
     char *first = (char *)(uintptr_t)state + sizeof(nf_state_head);
@@ -94,4 +92,4 @@ static nf_status nf_state_merge(const nf_contract *c, void *dst, const void *a, 
     return NF_OK;
 }
 
-#endif /* NF_STATE_READY */
+#endif
