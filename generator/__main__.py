@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from . import UsageError, __version__, peers, quality, records, testing, tuning
 from .contract import BACKENDS, OPERATORS, Contract, contracts, parse, shown
 from .render import ROOT, Recipe, add_recipe_arguments, check, recipes, render, write
-from .space import TARGETS, default, space, targets
+from .space import TARGETS, default, obstacle, space, targets
 
 COMMON = {"d": 64, "m": 128, "b": 64}  # numbers of contracts that stand for their operator
 ABOUT = """\
@@ -139,6 +139,9 @@ def list_variants(contract: Contract) -> None:
         for variant in found:
             mark = "*" if variant in shipped else " "
             print(f"{mark} {variant.suffix:20} needs {targets(backend)[variant.target].needs}")
+        for target in TARGETS[backend] if backend != "cpu" else ():
+            if target.name not in {v.target for v in found}:
+                print(f"- {target.name:20} none: {obstacle(contract, backend, target)}")
 
 
 def add_check(commands: argparse._SubParsersAction[Parser]) -> None:

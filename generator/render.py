@@ -95,8 +95,9 @@ def check_runs(contract: Contract, backend: str, variant: Variant) -> None:
     """Has the variant's target a kernel for the contract?"""
     target = targets(backend)[variant.target]
     if not target.runs(contract):
-        what = f"{' or '.join(target.operators) or 'any operator'} in {' or '.join(target.dtypes)}"
-        raise UsageError(f"variant '{variant.suffix}': the target {target.name} runs {what}, not {contract.name}")
+        raise UsageError(
+            f"variant '{variant.suffix}': the target {target.name} runs {target.kernels}, not {contract.name}"
+        )
 
 
 def check_backend(backend: str) -> None:
@@ -145,6 +146,11 @@ def check_prefix(prefix: str) -> str:
     raise UsageError(f"option --prefix = {shown(prefix)}: must be {rule}")
 
 
+def blocks(threads: int, registers: int) -> int:
+    """The blocks that an SM is to hold at once, at most 8: each of its four schedulers has 512 registers a lane."""
+    return min(max(512 // registers * 4 * 32 // threads, 1), 8)
+
+
 @functools.cache
 def environment(root: Path) -> Any:
     """Jinja2 with delimiters that leave C, CUDA and HIP alone; a misspelt variable is an error."""
@@ -152,7 +158,7 @@ def environment(root: Path) -> Any:
         import jinja2
     except ModuleNotFoundError:
         raise UsageError("this Python has no jinja2: call ./nearfar, which installs it") from None
-    return jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader([root / "templates", root / "include"]),
         line_statement_prefix="//%",
         line_comment_prefix="//#",
@@ -168,6 +174,8 @@ def environment(root: Path) -> Any:
         lstrip_blocks=True,
         autoescape=False,
     )
+    made.globals["blocks"] = blocks
+    return made
 
 
 def render(recipe: Recipe, root: Path = ROOT) -> str:

@@ -27,6 +27,11 @@ class Target:
     exponential: bool = False  # of features that are exponentials only
     square: bool = False  # values as wide as heads only
 
+    @property
+    def kernels(self) -> str:
+        """What it has kernels for."""
+        return f"{' or '.join(self.operators) or 'any operator'} in {' or '.join(self.dtypes)}"
+
     def runs(self, contract: Contract) -> bool:
         """Has it a kernel for this contract?"""
         known = contract.dtype in self.dtypes and contract.operator in (self.operators or (contract.operator,))
@@ -264,14 +269,15 @@ def misfit_matrix(contract: Contract, variant: Variant, target: Target) -> str |
 def misfit_linear(contract: Contract, variant: Variant, target: Target) -> str | None:
     """The same of linear maps on matrix units: features are channels, so a warp holds a few times 16 channels' sums."""
     c, d, halves = variant.c, contract.d, 1 if contract.dtype == "bf16" else 2
-    floats = d * d * 16 // c + 16 * d * (1 + halves)  # of a warp: the state, then features of keys or queries, outputs
+    state, tokens = d * d * 16 // c, 16 * d * (1 + halves)  # floats of a warp: S; features of keys or queries, outputs
+    registers = 192 if state < tokens else MATRIX_FLOATS[variant.target]
     if contract.map not in ("elu", "relu", "identity"):
         return "the map must be of each channel alone: elu, relu or identity"
     if d % 16 or d % c:
         return f"d = {d} must be a multiple of 16 and of c = {c}"
     if (variant.r, variant.x) != (1, 1) or not variant.s:
         return "it must be r1x1 and end in _s<tokens>, the segments of operators with a state"
-    if floats > 192 * target.lanes:
+    if state + tokens > registers * target.lanes:
         return f"{d} x {d} sums and {16 * d} outputs do not fit the registers of {c // 16} warps"
     shared = 2 * c * (d + 8) * (1 + halves) + 2 * halves * d * (c + d + 17) + 8 * c + 420
     most = 65536 if target.name.startswith("gfx") else 232448
@@ -299,19 +305,33 @@ def targets(backend: str) -> dict[str, Target]:
     return {t.name: t for t in TARGETS[backend]}
 
 
+def entries(contract: Contract, backend: str, target: Target) -> list[Variant]:
+    """The tuning space's tiles and chunks, whether they fit or not."""
+    made: list[Variant] = []
+    segment = SEGMENTS[0] if contract.features and not target.registers else 0
+    for tile, chunks in SPACE.get((contract.operator, backend), {}).get(target.name, {}).items():
+        r, x = map(int, tile.split("x"))
+        if contract.operator == "hybrid" and target.registers:  # chunk by chunk of a block: the fewest tokens first
+            chunks = tuple(sorted(chunks, key=lambda c: -(-contract.b // c) * c))
+        made += [Variant(target.name, c, r, x, s=segment) for c in chunks]
+    return made
+
+
+def obstacle(contract: Contract, backend: str, target: Target) -> str:
+    """Why a GPU's target has no variant of the contract: the rule that stops the first of its tiles."""
+    if not target.runs(contract):
+        return f"it has {target.kernels}"
+    return next(rule for v in entries(contract, backend, target) if (rule := misfit(contract, v, target)))
+
+
 def space(contract: Contract, backend: str = "cpu") -> list[Variant]:
     """The candidates that the tuner tries, in canonical order; the first of each target is its default."""
     found: list[Variant] = []
     if backend == "cpu" and contract.dtype not in OPERATORS[contract.operator].cpu:
         return found
     for target in filter(lambda t: t.runs(contract), TARGETS[backend]):
-        made: list[Variant] = []
-        segment = SEGMENTS[0] if contract.features and not target.registers else 0
-        for tile, chunks in SPACE.get((contract.operator, backend), {}).get(target.name, {}).items():
-            r, x = map(int, tile.split("x"))
-            if contract.operator == "hybrid" and target.registers:  # chunk by chunk of a block: the fewest tokens first
-                chunks = tuple(sorted(chunks, key=lambda c: -(-contract.b // c) * c))
-            made += [Variant(target.name, c, r, x, s=segment) for c in chunks]
+        made = entries(contract, backend, target)
+        segment = made[0].s if made else 0
         fitting = [v for v in made if not fault(v, target) and not misfit(contract, v, target)]
         if segment and (target.lanes > 1 or not found):  # matrix units, or simt where there are none
             fitting += [replace(v, s=SEGMENTS[1]) for v in fitting[:1]]

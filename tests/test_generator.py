@@ -718,6 +718,10 @@ def test_list() -> None:
     assert [line.split()[0] for line in lines] == [f"favor_{name}_f32_d64_m128" for name in maps]
     variants = [v for backend in BACKENDS for v in space.space(EXACT, backend)]
     assert run("list", EXACT.name).stdout.count("needs") == len(variants)
+    lacking = run("list", "exact_bf16_d80").stdout
+    assert re.findall(r"^- (\w+) +none: (.*)$", lacking, re.M) == [
+        ("gfx11", "d = 80 must be a multiple of 16 up to 64")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,15 @@ extern "C++" {
 #define NF_UNROLLED_BY(n) NF_PRAGMA(unroll n)
 #define NF_PRAGMA(text) _Pragma(#text)
 
+/* p, which points to global memory. Of a pointer that itself lies in shared memory the compiler cannot know that: it
+ * would load as if it could be either. */
+#define NF_GMEM(p) \
+    __extension__({ \
+        __typeof__(p) nf_at = (p); \
+        __builtin_assume(__isGlobal(nf_at)); \
+        nf_at; \
+    })
+
 typedef struct __attribute__((aligned(16), may_alias)) nf_float4 { /* 16 bytes of anything */
     float x, y, z, w;
 } nf_float4;
@@ -222,13 +231,13 @@ NF_DEVICE void nf_mma_f16_16x8(float *c, const uint32_t *a, const uint32_t *b)
 #endif
 }
 
-/* Copy 16 bytes to shared memory behind the program's back, the last 16 - given of them zeros; what was committed in a
- * group is there after the wait that leaves fewer groups open. */
-NF_DEVICE void nf_copy_async(void *to, const void *from, int given)
+/* Copy 16 bytes to shared memory behind the program's back, zeros if they are not there; what was committed in a group
+ * has landed after the wait that leaves fewer groups open. */
+NF_DEVICE void nf_copy_async(void *to, const void *from, int there)
 {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
-                 "l"(from), "r"(given)
+                 "l"(from), "r"(there ? 16 : 0)
                  : "memory");
 #endif
 }
@@ -265,6 +274,8 @@ extern "C++" {
 #define NF_UNROLLED _Pragma("unroll")
 #define NF_UNROLLED_BY(n) NF_PRAGMA(unroll n)
 #define NF_PRAGMA(text) _Pragma(#text)
+
+#define NF_GMEM(p) ((__typeof__(p))(__attribute__((address_space(1))) char *)(uintptr_t)(p))
 
 typedef struct __attribute__((aligned(16), may_alias)) nf_float4 { /* 16 bytes of anything */
     float x, y, z, w;
@@ -395,16 +406,16 @@ NF_DEVICE uint16_t nf_f16_round(float x)
     return __builtin_bit_cast(uint16_t, (_Float16)x);
 }
 
-/* No copies behind the program's back here: what was copied is there at once. */
-NF_DEVICE void nf_copy_async(void *to, const void *from, int given)
+/* No copies behind the program's back here: what was copied is there at once. (A vector, as clang keeps a struct of 16
+ * bytes in a thread's memory.) */
+typedef uint32_t nf_copied __attribute__((ext_vector_type(4), may_alias));
+
+NF_DEVICE void nf_copy_async(void *to, const void *from, int there)
 {
-    nf_float4 x = {0, 0, 0, 0};
-    if (given == 16)
-        x = *(const nf_float4 *)from;
-    else
-        for (int i = 0; i < given / 2; i++)
-            ((uint16_t *)&x)[i] = ((const uint16_t *)from)[i];
-    *(nf_float4 *)to = x;
+    nf_copied x = 0;
+    if (there)
+        x = *(const nf_copied *)from;
+    *(nf_copied *)to = x;
 }
 
 NF_DEVICE void nf_copy_commit(void)
@@ -855,6 +866,12 @@ enum { NF_CHECK_BLOCKS = 32 };
 
 typedef void (*nf_kernel)(nf_work work);
 
+/* Of a variant: whether it runs on a device, 1 no, 2 yes, 0 not asked yet. Later devices are asked for each time. */
+enum { NF_DEVICES = 32 };
+typedef struct nf_support {
+    signed char answer[NF_DEVICES];
+} nf_support;
+
 #if defined(NEARFAR_SIMT)
 
 typedef struct nf_entry {
@@ -868,20 +885,15 @@ SIMT_ENTER nf_enter(const void *context)
     entry->kernel(*entry->work);
 }
 
-/* Has the device so much shared memory for a block? */
-NF_UNUSED static int nf_device_offers(size_t shared)
+/* Does a variant run here? Its fragments are for warps of their own size. */
+NF_UNUSED static int nf_supported(nf_support *known, const char *target, int fragments, nf_kernel kernel, size_t shared)
 {
-    return shared <= simt.shared_limit;
-}
-
-/* Is this the GPU that a target is for, and has the kernel been compiled for it? */
-NF_UNUSED static int nf_device_is(const char *target, int fragments, nf_kernel kernel)
-{
-    (void)target, (void)kernel;
+    (void)known, (void)kernel; /* tests change what is here */
 #ifdef NF_FRAGMENTS
-    return fragments == NF_FRAGMENTS && simt.warp == NF_FRAGMENT_LANES;
+    return (!target || (fragments == NF_FRAGMENTS && simt.warp == NF_FRAGMENT_LANES)) && shared <= simt.shared_limit;
 #else
-    return 0;
+    (void)fragments;
+    return !target && shared <= simt.shared_limit;
 #endif
 }
 
@@ -895,39 +907,42 @@ NF_UNUSED static nf_status nf_launch(nf_kernel kernel, const nf_work *work, int6
 
 #else
 
-NF_UNUSED static int nf_device_offers(size_t shared)
+/* Is the device what a target is for (NULL: any is), has the kernel been compiled for it, and has it so much shared
+ * memory for a block? -1: the runtime does not say. */
+NF_UNUSED static int nf_ask(int device, const char *target, nf_kernel kernel, size_t shared)
 {
-    int device, most = 0;
-    if (NF_GPU(GetDevice)(&device) != NF_GPU(Success))
-        return 0;
-#if defined(__CUDACC__)
-    if (cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
-        return 0;
-#else
-    if (hipDeviceGetAttribute(&most, hipDeviceAttributeMaxSharedMemoryPerBlock, device) != hipSuccess)
-        return 0;
-#endif
-    return shared <= (size_t)most;
-}
-
-/* Is this the GPU that a target is for, and has the kernel been compiled for it? */
-NF_UNUSED static int nf_device_is(const char *target, int fragments, nf_kernel kernel)
-{
+    int most = 0;
 #if defined(__CUDACC__)
     cudaFuncAttributes a;
-    (void)target, (void)fragments;
-    return cudaFuncGetAttributes(&a, (const void *)kernel) == cudaSuccess && a.ptxVersion >= 80;
+    if (cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess ||
+        (target && cudaFuncGetAttributes(&a, (const void *)kernel) != cudaSuccess))
+        return -1;
+    return shared <= (size_t)most && (!target || a.ptxVersion >= 80);
 #else
-    static thread_local hipDeviceProp_t p; /* asked for once: every call wants to know */
-    static thread_local int known = -1;
-    int device;
-    (void)fragments, (void)kernel;
-    if (hipGetDevice(&device) != hipSuccess)
-        return 0;
-    if (device != known)
-        known = hipGetDeviceProperties(&p, device) == hipSuccess ? device : -1;
-    return device == known && strncmp(p.gcnArchName, target, strlen(target)) == 0;
+    hipDeviceProp_t p;
+    (void)kernel;
+    if (hipDeviceGetAttribute(&most, hipDeviceAttributeMaxSharedMemoryPerBlock, device) != hipSuccess ||
+        (target && hipGetDeviceProperties(&p, device) != hipSuccess))
+        return -1;
+    return shared <= (size_t)most && (!target || strncmp(p.gcnArchName, target, strlen(target)) == 0);
 #endif
+}
+
+/* Does a variant run on the current device? The runtime is asked once for each; threads that ask at the same time write
+ * the same. */
+NF_UNUSED static int nf_supported(nf_support *known, const char *target, int fragments, nf_kernel kernel, size_t shared)
+{
+    int device, answer;
+    (void)fragments;
+    if (NF_GPU(GetDevice)(&device) != NF_GPU(Success))
+        return 0;
+    answer = device < NF_DEVICES ? __atomic_load_n(&known->answer[device], __ATOMIC_RELAXED) : 0;
+    if (answer)
+        return answer - 1;
+    answer = nf_ask(device, target, kernel, shared);
+    if (answer >= 0 && device < NF_DEVICES)
+        __atomic_store_n(&known->answer[device], (signed char)(answer + 1), __ATOMIC_RELAXED);
+    return answer > 0;
 }
 
 /* Blocks (x, y) of a kernel on the call's stream: nothing is allocated and nothing waits, so a graph can capture it. */

@@ -113,7 +113,7 @@ NF_DEVICE int64_t nf_below(const int32_t *numbers, int64_t count, int64_t x)
     int64_t low = 0;
     while (low < count) {
         const int64_t middle = low + (count - low) / 2;
-        if (numbers[middle] < x)
+        if (NF_GMEM(numbers)[middle] < x)
             low = middle + 1;
         else
             count = middle;
@@ -141,7 +141,7 @@ NF_DEVICE void nf_chunk_parts(const nf_unit *u, nf_chunk *c, int64_t block)
         c->to[at + NF_LISTED] = nf_below(p->global_tokens, p->global_count, to);
         if (p->block_offsets) {
             const int64_t list = p->block_heads > 1 ? u->first_head + c->head : 0;
-            const int32_t *const offset = p->block_offsets + list * (p->block_rows + 1) + c->first / block;
+            const int32_t *const offset = NF_GMEM(p->block_offsets) + list * (p->block_rows + 1) + c->first / block;
             c->blocks = p->block_keys + offset[0];
             c->from[at + NF_BLOCKS] = nf_below(c->blocks, offset[1] - offset[0], from / block) * block;
             c->to[at + NF_BLOCKS] = nf_below(c->blocks, offset[1] - offset[0], (to + block - 1) / block) * block;
@@ -162,7 +162,8 @@ NF_DEVICE int nf_chunk_at(const nf_unit *u, int64_t head, int64_t index, int64_t
     const nf_pattern *const p = u->pattern;
     const int64_t begin = nf_first_position(u), end = begin + u->q_tokens;
     const int64_t length = p->block_offsets ? block : u->q_tokens;
-    const int64_t step = p->dilation ? p->dilation[u->first_head + head] : 1, heads = nf_heads_alike(p) ? u->group : 1;
+    const int64_t step = p->dilation ? NF_GMEM(p->dilation)[u->first_head + head] : 1,
+                  heads = nf_heads_alike(p) ? u->group : 1;
     const int64_t classes = step < length ? step : length;
     const int64_t parts = length ? ((length + step - 1) / step * heads + rows - 1) / rows : 0;
     int64_t from, to, row, left;
@@ -199,7 +200,7 @@ NF_DEVICE int64_t nf_global_query(const nf_unit *u, int64_t g)
 {
     const nf_pattern *const p = u->pattern;
     const int64_t leading = nf_leading_globals(p, u->mask, u->kv_tokens);
-    const int64_t at = g < leading ? g : g < leading + p->global_count ? p->global_tokens[g - leading] : -1;
+    const int64_t at = g < leading ? g : g < leading + p->global_count ? NF_GMEM(p->global_tokens)[g - leading] : -1;
     const int64_t query = at - nf_first_position(u);
     return query >= 0 && query < u->q_tokens && (g < leading || at >= p->globals) ? query : -1;
 }
@@ -238,7 +239,7 @@ NF_DEVICE int64_t nf_chunk_query(const nf_unit *u, const nf_chunk *c, int i, int
 NF_DEVICE int nf_key_is_global(const nf_pattern *p, int64_t at)
 {
     const int64_t i = nf_below(p->global_tokens, p->global_count, at);
-    return at < p->globals || (i < p->global_count && p->global_tokens[i] == at);
+    return at < p->globals || (i < p->global_count && NF_GMEM(p->global_tokens)[i] == at);
 }
 
 /* The chunk's first row of its query number q, cut off at its ends. */
@@ -271,9 +272,9 @@ NF_DEVICE int64_t nf_chunk_key(const nf_unit *u, const nf_chunk *c, const int64_
         return at;
     }
     if (kind == NF_LISTED)
-        at = p->global_tokens[k];
+        at = NF_GMEM(p->global_tokens)[k];
     if (kind == NF_BLOCKS)
-        at = c->blocks[k / block] * block + k % block;
+        at = NF_GMEM(c->blocks)[k / block] * block + k % block;
     *from = *to = 0;
     if (kind == NF_BLOCKS && (at >= u->past + u->kv_tokens || nf_key_is_global(p, at)))
         return 0;

@@ -432,7 +432,7 @@ void simt_warp_barrier(int line)
         run.warps[w].syncs++;
 }
 
-void simt_copy(void *to, const void *from, int given, int line)
+void simt_copy(void *to, const void *from, int there, int line)
 {
     fiber *f = run.fibers + simt.thread;
     copy *c = f->copy + f->copies++;
@@ -440,11 +440,12 @@ void simt_copy(void *to, const void *from, int given, int line)
         fault(line, NULL, "too many async copies at once");
     if ((uintptr_t)from % 16)
         fault(line, NULL, "load of 16 bytes at %p, misaligned", from);
-    for (int i = 0; i < given; i += GRANULE)
+    for (int i = 0; there && i < 16; i += GRANULE)
         simt_access((const unsigned char *)from + i, GRANULE, 0, line);
     simt_access(to, 16, 1, line);
     memset(c->bytes, 0, sizeof c->bytes);
-    memcpy(c->bytes, from, (size_t)given);
+    if (there)
+        memcpy(c->bytes, from, sizeof c->bytes);
     memset(to, 0xff, 16); /* until it lands */
     c->to = (unsigned char *)to;
     c->group = f->group;

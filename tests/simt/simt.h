@@ -64,9 +64,9 @@ const unsigned char *simt_exchange(const void *mine, size_t bytes, int line);
 
 void simt_smallest(int *p, int x, int line);
 
-/* Async copies of 16 bytes, the last 16 - `given` of them zero: what was committed in a group lands at the wait that
+/* Async copies of 16 bytes, or of zeros if they are not there: what was committed in a group lands at the wait that
  * leaves fewer groups open. */
-void simt_copy(void *to, const void *from, int given, int line);
+void simt_copy(void *to, const void *from, int there, int line);
 void simt_copy_commit(void);
 void simt_copy_wait(int open);
 
@@ -82,6 +82,7 @@ void simt_access(const void *at, size_t bytes, int write, int line);
 #define NF_DEVICE static inline __attribute__((unused))
 #define NF_UNROLLED
 #define NF_UNROLLED_BY(n)
+#define NF_GMEM(p) (p)
 
 typedef struct nf_float4 {
     float x, y, z, w;
@@ -100,7 +101,7 @@ typedef struct nf_float4 {
 #define nf_lane_at(x, lane) simt_lane_at(x, lane, __LINE__)
 #define nf_any(x) simt_any(x, __LINE__)
 #define nf_smallest(p, x) simt_smallest(p, x, __LINE__)
-#define nf_copy_async(to, from, given) simt_copy(to, from, given, __LINE__)
+#define nf_copy_async(to, from, there) simt_copy(to, from, there, __LINE__)
 #define nf_copy_commit() simt_copy_commit()
 #define nf_copy_wait(open) simt_copy_wait(open)
 
