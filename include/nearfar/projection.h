@@ -174,8 +174,7 @@ static double nf_rotation_gram_schmidt(float *w, int rows, int dim, uint64_t *co
 }
 
 /* Rows of random rotations, rotation after rotation. With NF_SIMPLEX the rows of each point to the corners of a simplex
- * around 0 (simplex random features, Reid et al. 2023): less their mean, they do. Norms: sqrt(dim), or those of
- * normal vectors. */
+ * around 0 (simplex random features, Reid et al. 2023): less their mean, they do. Norms: sqrt(dim) or chi. */
 static void nf_sample(const nf_projection_shape *shape, uint64_t seed, uint32_t flags, float *w)
 {
     const int dim = shape->dim;
@@ -261,7 +260,7 @@ static void nf_moments(const float *x, int64_t tokens, int64_t stride, int64_t d
     *variance = square / (double)tokens;
 }
 
-/* Fill fit from a sample, if there is one, then the mean logit q_mean k_mean; returns the mean of |q^ + k^|^2 /
+/* Fill fit from a sample, then the mean logit q_mean k_mean; returns the mean of |q^ + k^|^2 /
  * dim at the default scale. Channel balance psi = (E k^2 / E q^2)^(1/4): SADERF, Likhosherstov et al. 2023. */
 static double nf_calibrate(const nf_projection_shape *shape, const nf_calibration *c, float *fit)
 {
@@ -297,9 +296,8 @@ static double nf_calibrate(const nf_projection_shape *shape, const nf_calibratio
     return tau * tau * square / (dim * nf_sqrt(dim));
 }
 
-/* FAVOR++ [Likhosherstov et al. 2022]: rows times s, s^2 = 1 - 4 A that of least variance at |q^ + k^|^2 = z dim
- * (beyond 16 nothing helps); weight: log2 of the ratio of densities, below 2^12 in steps of 2^-10, so exact less a
- * reference. */
+/* FAVOR++ (Likhosherstov et al. 2022): rows times s, s^2 = 1 - 4 A that of least variance at |q^ + k^|^2 = z dim.
+ * weight: log2 of the ratio of densities, below 2^12 in steps of 2^-10: exact less a reference. */
 static void nf_widen(const nf_projection_shape *shape, double z, float *w, float *weight)
 {
     const double b = 3 + 2 * (z < 16 ? z : 16), square = (b + nf_sqrt(b * b - 8)) / 4;
