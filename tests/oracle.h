@@ -269,7 +269,7 @@ ORACLE_FN void oracle_query_features(const oracle_head *h, int64_t i, double *l)
 ORACLE_FN void oracle_key_features(const oracle_head *h, int64_t j, double *l)
 {
     oracle_point_features(h, oracle_row(h->k, h->k_stride, h->dim, j), 0, l);
-    for (int r = 0; h->calibration && h->calibration->widening > 0 && r < oracle_m(h); r++)
+    for (int r = 0; h->calibration && h->calibration->widening > 0 && !oracle_plain(h) && r < oracle_m(h); r++)
         l[r] += oracle_row_weight(h, r % h->rows);
 }
 
